@@ -1,0 +1,1 @@
+"""Training-time low precision for PyTorch."""
