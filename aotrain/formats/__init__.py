@@ -1,0 +1,59 @@
+"""Number formats and casts in plain torch: the definition of truth, on any device.
+
+Everything else in aotrain (Triton kernels, native code, modules, exporters) must reproduce these functions bit for bit.
+`docs/numerics.md` is the normative text; the code here is its executable form.
+
+One convention, everywhere: **a scale multiplies on dequantize**, `x ~= data * scale`. Its reciprocal, the factor that
+quantization applies, is called `inv_scale`.
+"""
+
+from aotrain.formats.cast import ScaledTensor, dequantize, fake_quantize, quantize
+from aotrain.formats.element import (
+    BFLOAT16,
+    ELEMENT_FORMATS,
+    FLOAT8_E4M3,
+    FLOAT8_E4M3FNUZ,
+    FLOAT8_E5M2,
+    FLOAT8_E5M2FNUZ,
+    ElementFormat,
+)
+from aotrain.formats.random import philox_bits16, philox_u32
+from aotrain.formats.rounding import round_nearest, round_stochastic
+from aotrain.formats.scaling import (
+    BLOCKWISE_1X32,
+    BLOCKWISE_128X128,
+    COLWISE,
+    ROWWISE,
+    SCALE_FORMATS,
+    TENSORWISE,
+    ScaleFormat,
+    Scaling,
+    scale_shape,
+)
+
+__all__ = [
+    "BFLOAT16",
+    "BLOCKWISE_1X32",
+    "BLOCKWISE_128X128",
+    "COLWISE",
+    "ELEMENT_FORMATS",
+    "FLOAT8_E4M3",
+    "FLOAT8_E4M3FNUZ",
+    "FLOAT8_E5M2",
+    "FLOAT8_E5M2FNUZ",
+    "ROWWISE",
+    "SCALE_FORMATS",
+    "TENSORWISE",
+    "ElementFormat",
+    "ScaleFormat",
+    "ScaledTensor",
+    "Scaling",
+    "dequantize",
+    "fake_quantize",
+    "philox_bits16",
+    "philox_u32",
+    "quantize",
+    "round_nearest",
+    "round_stochastic",
+    "scale_shape",
+]

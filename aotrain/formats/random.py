@@ -1,0 +1,50 @@
+"""Counter-based random bits: Philox4x32-10 in integer torch arithmetic.
+
+A counter-based generator is a pure function of (seed, counter), so the bits that round element `i` at step `t` do not
+depend on the device, on how many ranks share the tensor, or on what was drawn before. Triton's
+`tl.randint(seed, offset)` is the same function, which lets a kernel reproduce this reference bit for bit.
+
+Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011, section 3.3 and table 2.
+"""
+
+import torch
+
+_ROUND_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+_MASK32 = 0xFFFFFFFF
+
+
+def philox_u32(seed: int, counter: torch.Tensor) -> torch.Tensor:
+    """32 random bits per counter.
+
+    Args:
+        seed: the 64-bit key.
+        counter: int64 tensor of any shape, values >= 0; the low 64 bits of Philox's 128-bit counter.
+
+    Returns:
+        int64 tensor of the counter's shape with values in [0, 2^32): the first of Philox's four output words.
+    """
+    c0, c1 = counter & _MASK32, (counter >> 32) & _MASK32
+    c2, c3 = torch.zeros_like(counter), torch.zeros_like(counter)
+    key0, key1 = seed & _MASK32, (seed >> 32) & _MASK32
+    for _ in range(_ROUNDS):
+        high0, low0 = _multiply_wide(c0, _ROUND_MULTIPLIERS[0])
+        high1, low1 = _multiply_wide(c2, _ROUND_MULTIPLIERS[1])
+        c0, c1, c2, c3 = high1 ^ c1 ^ key0, low1, high0 ^ c3 ^ key1, low0
+        key0, key1 = (key0 + _KEY_INCREMENTS[0]) & _MASK32, (key1 + _KEY_INCREMENTS[1]) & _MASK32
+    return c0
+
+
+def philox_bits16(seed: int, counter: torch.Tensor) -> torch.Tensor:
+    """16 random bits per counter, int64 in [0, 2^16): the noise that `round_stochastic` takes."""
+    return philox_u32(seed, counter) >> 16
+
+
+def _multiply_wide(x: torch.Tensor, multiplier: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(high, low) 32-bit halves of x * multiplier, in 16-bit limbs: int64 cannot hold a 64-bit unsigned product."""
+    low_product = x * (multiplier & 0xFFFF)  # < 2^48
+    high_product = x * (multiplier >> 16)  # < 2^48
+    middle = (low_product >> 16) + high_product  # < 2^49
+    low = ((middle & 0xFFFF) << 16) | (low_product & 0xFFFF)
+    return middle >> 16, low

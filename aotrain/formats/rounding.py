@@ -1,0 +1,56 @@
+"""Rounding of float32 values to an element format: nearest-even and stochastic, both saturating.
+
+Policy (docs/numerics.md, section 2): NaN stays NaN; values beyond the format's range, infinities included, become the
+largest finite value with their sign. The clamp is explicit because torch's own float8 casts changed between releases:
+overflow gave NaN in torch 2.11 and saturates in 2.13.
+"""
+
+import torch
+
+from aotrain.formats.element import ElementFormat
+
+NOISE_BITS = 16
+
+
+def round_nearest(x: torch.Tensor, element: ElementFormat) -> torch.Tensor:
+    """Round to the nearest value of the format, ties to even, saturating.
+
+    Args:
+        x: float32 tensor of any shape.
+        element: the target format.
+
+    Returns:
+        Tensor of `element.dtype` and x's shape.
+    """
+    return x.clamp(-element.max, element.max).to(element.dtype)
+
+
+def round_stochastic(x: torch.Tensor, element: ElementFormat, noise: torch.Tensor) -> torch.Tensor:
+    """Round to one of the two neighbouring values with probability proportional to the distance from the other.
+
+    With `ulp` the spacing of the format at |x| and `frac` the fractional part of |x| / ulp, the magnitude is rounded up
+    when `frac + noise / 2^16 >= 1`. Values of the format are returned unchanged whatever the noise. The expectation
+    over uniform noise is x, up to 2^-16 ulp for formats that drop more than 16 bits of a float32.
+
+    Args:
+        x: float32 tensor of any shape.
+        element: the target format.
+        noise: integer tensor of x's shape with values in [0, 2^16).
+
+    Returns:
+        Tensor of `element.dtype` and x's shape.
+    """
+    magnitude = x.abs().clamp(max=element.max)
+    # All in float64, where scaling by a power of two, the floor and the sum are exact.
+    exponent = ((magnitude.view(torch.int32) >> 23) - 127).clamp(min=element.min_exponent)
+    ulp = _power_of_two(exponent - element.mantissa_bits)
+    steps = magnitude.double() / ulp
+    whole = steps.floor()
+    round_up = (steps - whole) + noise.double() * 2.0**-NOISE_BITS >= 1.0
+    rounded = ((whole + round_up) * ulp).float()
+    return torch.where(x.isnan(), x, torch.copysign(rounded, x)).to(element.dtype)
+
+
+def _power_of_two(exponent: torch.Tensor) -> torch.Tensor:
+    """Exact float64 2^exponent for int tensors in [-1022, 1023]; vectorised exp2 is not exact on every CPU."""
+    return ((exponent.to(torch.int64) + 1023) << 52).view(torch.float64)

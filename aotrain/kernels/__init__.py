@@ -1,0 +1,11 @@
+"""Fast ops with the signature and the bits of `aotrain.formats`, registered with torch.library as `aotrain::*`.
+
+The thin functions here take and return the project's own types; torch.library sees only plain tensors, numbers and
+strings. Each op has a schema, a fake implementation for tracing, a plain-torch implementation that runs on every
+device, and, where there is one, a faster implementation for CUDA.
+"""
+
+from aotrain.kernels.scaled_cast import scaled_cast
+from aotrain.kernels.scaled_mm import native_scaled_mm_problem, scaled_mm
+
+__all__ = ["native_scaled_mm_problem", "scaled_cast", "scaled_mm"]
