@@ -1,0 +1,30 @@
+"""Modules and model conversion. A converted model keeps its Parameters, their names and its state_dict."""
+
+from aotrain.nn.convert import convert_to_float8_training, unconvert
+from aotrain.nn.filters import auto_filter_for_recipe
+from aotrain.nn.float8_config import (
+    CastConfig,
+    Float8GemmConfig,
+    Float8LinearConfig,
+    Float8LinearRecipeName,
+    ScalingGranularity,
+    ScalingType,
+)
+from aotrain.nn.float8_linear import Float8Linear
+from aotrain.nn.report import Report, ReportRow, conversion_report
+
+__all__ = [
+    "CastConfig",
+    "Float8GemmConfig",
+    "Float8Linear",
+    "Float8LinearConfig",
+    "Float8LinearRecipeName",
+    "Report",
+    "ReportRow",
+    "ScalingGranularity",
+    "ScalingType",
+    "auto_filter_for_recipe",
+    "conversion_report",
+    "convert_to_float8_training",
+    "unconvert",
+]

@@ -1,0 +1,133 @@
+"""Model conversion: swap `nn.Linear` layers for low-precision ones in place, and back."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from aotrain.nn.filters import ModuleFilter
+from aotrain.nn.float8_config import Float8LinearConfig
+from aotrain.nn.float8_linear import Float8Linear, clone_as
+from aotrain.nn.report import Report, ReportRow, attach_report
+from aotrain.recipes import LinearRecipe
+
+logger = logging.getLogger(__name__)
+
+
+def convert_to_float8_training(
+    module: torch.nn.Module,
+    *,
+    module_filter_fn: ModuleFilter | None = None,
+    config: Float8LinearConfig | LinearRecipe | None = None,
+) -> torch.nn.Module:
+    """Convert a model's linear layers to float8 training, in place.
+
+    Parameters keep their identity, names and dtype; convert before or after creating the optimizer. Layers of any
+    shape are converted: sizes the hardware cannot take are padded. A layer reachable under several names is converted
+    once and stays shared. Subclasses of `nn.Linear` with a forward of their own are left alone. What happened to each
+    layer is logged, and kept for `aotrain.nn.conversion_report`.
+
+    Args:
+        module: the model, on any device, meta included.
+        module_filter_fn: `(linear, dotted name) -> bool`, which layers to convert; default all. Typical:
+            `lambda mod, fqn: fqn != "lm_head"`.
+        config: default `Float8LinearConfig()`, the tensorwise recipe; see `Float8LinearConfig.from_recipe_name`.
+
+    Returns:
+        The same module; a new one only when `module` itself is a linear layer.
+
+    Raises:
+        ValueError: no layer was converted and none had been before: the model has no `nn.Linear`, or the filter
+            rejected every one.
+    """
+    config = Float8LinearConfig() if config is None else config
+    rows: list[ReportRow] = []
+
+    def convert(linear: torch.nn.Linear, fqn: str) -> torch.nn.Linear:
+        decision = _decide(linear, fqn, module_filter_fn, config)
+        rows.append(ReportRow(fqn, decision.kind, decision.reason))
+        return Float8Linear.from_float(linear, config) if decision.swap else linear
+
+    module = _swap_linears(module, convert)
+    report = Report("float8 training", tuple(rows))
+    if not report.converted:
+        raise ValueError(_nothing_converted(report))
+    attach_report(module, report)
+    logger.info("%s", report.summary())
+    return module
+
+
+def unconvert(module: torch.nn.Module) -> torch.nn.Module:
+    """Turn every `Float8Linear` back into `nn.Linear` with the same parameters, in place.
+
+    Returns:
+        The same module; a new one only when `module` itself is a `Float8Linear`.
+
+    Raises:
+        ValueError: the model has no `Float8Linear`.
+    """
+    count = 0
+
+    def restore(linear: torch.nn.Linear, fqn: str) -> torch.nn.Linear:
+        nonlocal count
+        if type(linear) is not Float8Linear:
+            return linear
+        count += 1
+        plain = clone_as(linear, torch.nn.Linear)
+        for attribute in Float8Linear.__annotations__:
+            del plain.__dict__[attribute]
+        return plain
+
+    module = _swap_linears(module, restore)
+    if count == 0:
+        raise ValueError("unconvert found no Float8Linear in the model; was it converted?")
+    return module
+
+
+@dataclass(frozen=True, slots=True)
+class _Decision:
+    kind: Literal["converted", "skipped"]
+    reason: str
+    swap: bool = False
+
+
+def _decide(
+    linear: torch.nn.Linear,
+    fqn: str,
+    module_filter_fn: ModuleFilter | None,
+    config: Float8LinearConfig | LinearRecipe,
+) -> _Decision:
+    if isinstance(linear, Float8Linear) and linear.config == config:
+        return _Decision("converted", "already converted with this configuration")
+    if type(linear).forward not in (torch.nn.Linear.forward, Float8Linear.forward):
+        return _Decision("skipped", f"{type(linear).__name__} has a forward of its own")
+    if module_filter_fn is not None and not module_filter_fn(linear, fqn):
+        return _Decision("skipped", "rejected by the filter")
+    return _Decision("converted", f"{linear.in_features} -> {linear.out_features}", swap=True)
+
+
+def _swap_linears(module: torch.nn.Module, build: Callable[[torch.nn.Linear, str], torch.nn.Linear]) -> torch.nn.Module:
+    """Replace each linear layer by `build(layer, dotted name)`, everywhere it is referenced, visiting it once."""
+    if isinstance(module, torch.nn.Linear):
+        return build(module, "")
+    replacements: dict[torch.nn.Linear, torch.nn.Linear] = {}
+    for parent_fqn, parent in list(module.named_modules()):
+        for name, child in list(parent._modules.items()):
+            if not isinstance(child, torch.nn.Linear):
+                continue
+            if child not in replacements:
+                replacements[child] = build(child, f"{parent_fqn}.{name}" if parent_fqn else name)
+            if replacements[child] is not child:
+                setattr(parent, name, replacements[child])
+    return module
+
+
+def _nothing_converted(report: Report) -> str:
+    if not report.rows:
+        return "convert_to_float8_training found no nn.Linear in the model; there is nothing to convert."
+    return (
+        f"convert_to_float8_training converted none of the model's {len(report.rows)} linear layers:\n{report}\n"
+        "Check module_filter_fn: it is called as (module, dotted name) and must return True for at least one layer."
+    )

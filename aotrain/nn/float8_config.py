@@ -1,0 +1,227 @@
+"""Float8LinearConfig: the configuration class that float8 users already write, translated to a `LinearRecipe`.
+
+It has the fields, defaults and recipe names of torchao's class of the same name, so that a configuration moves over by
+changing the import. It is immutable in fact: defaults that depend on other fields are resolved by `to_recipe`, on a
+copy, never written back into the objects that the caller passed.
+"""
+
+from dataclasses import dataclass, replace
+from enum import Enum
+
+import torch
+
+from aotrain.formats import (
+    ELEMENT_FORMATS,
+    FLOAT8_E4M3,
+    FLOAT8_E5M2,
+    ROWWISE,
+    SCALE_FORMATS,
+    TENSORWISE,
+    ElementFormat,
+    Scaling,
+)
+from aotrain.recipes import GemmRecipe, LinearRecipe, recipe_name
+
+
+class ScalingType(Enum):
+    """Whether an operand is quantized."""
+
+    DYNAMIC = "dynamic"
+    DISABLED = "disabled"
+
+    def short_str(self) -> str:
+        """Three letters for module reprs."""
+        return {"dynamic": "dyn", "disabled": "dis"}[self.value]
+
+
+class ScalingGranularity(Enum):
+    """How many elements share a scale: the whole tensor, or one row along the contracted dimension."""
+
+    TENSORWISE = "tensorwise"
+    AXISWISE = "axiswise"
+
+    def short_str(self) -> str:
+        """Three letters for module reprs."""
+        return {"tensorwise": "ten", "axiswise": "axs"}[self.value]
+
+
+class Float8LinearRecipeName(Enum):
+    """Names accepted by `Float8LinearConfig.from_recipe_name`."""
+
+    TENSORWISE = "tensorwise"
+    ROWWISE = "rowwise"
+    ROWWISE_WITH_GW_HP = "rowwise_with_gw_hp"
+
+
+_FLOAT8_OF_DTYPE = {row.dtype: row for row in ELEMENT_FORMATS.values() if row.dtype.itemsize == 1}
+
+
+@dataclass(frozen=True)
+class CastConfig:
+    """How one operand is cast.
+
+    Attributes:
+        scaling_type: DYNAMIC (scale from the tensor's own amax) or DISABLED (stays in high precision).
+        scaling_granularity: TENSORWISE, or AXISWISE for one scale per row.
+        target_dtype: a float8 dtype; None is e4m3 for input and weight, e5m2 for grad_output.
+
+    Raises:
+        ValueError: axiswise granularity of a disabled cast, or a target that is not a float8 dtype.
+    """
+
+    scaling_type: ScalingType = ScalingType.DYNAMIC
+    scaling_granularity: ScalingGranularity = ScalingGranularity.TENSORWISE
+    target_dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        if self.scaling_granularity is ScalingGranularity.AXISWISE and self.scaling_type is not ScalingType.DYNAMIC:
+            raise ValueError(
+                "only dynamic scaling type is supported for axiswise scaling granularity; "
+                f"got scaling_type={self.scaling_type}. Use ScalingType.DYNAMIC or leave the granularity tensorwise."
+            )
+        if self.target_dtype is not None and self.target_dtype not in _FLOAT8_OF_DTYPE:
+            valid = ", ".join(str(dtype) for dtype in _FLOAT8_OF_DTYPE)
+            raise ValueError(
+                f"must specify a 8-bit floating-point dtype; got target_dtype={self.target_dtype}, want one of {valid}."
+            )
+
+    def short_str(self) -> str:
+        """Compact form for module reprs, e.g. `dyn_ten_e4m3`."""
+        dtype = {torch.float8_e5m2: "e5m2", torch.float8_e5m2fnuz: "e5m2"}.get(self.target_dtype, "e4m3")
+        return f"{self.scaling_type.short_str()}_{self.scaling_granularity.short_str()}_{dtype}"
+
+
+@dataclass(frozen=True)
+class Float8GemmConfig:
+    """How one product accumulates: `use_fast_accum` trades accumulation precision for speed on Hopper."""
+
+    use_fast_accum: bool = False
+
+
+@dataclass(frozen=True)
+class Float8LinearConfig:
+    """Float8 training of `nn.Linear`: casts of the three operands in the three products.
+
+    Attributes:
+        cast_config_input: input in the output product.
+        cast_config_input_for_grad_weight: input in the grad_weight product; None is the same as above.
+        cast_config_weight: weight in the output product.
+        cast_config_weight_for_grad_input: weight in the grad_input product; None is the same as above.
+        cast_config_grad_output: grad_output in the grad_input product.
+        cast_config_grad_output_for_grad_weight: grad_output in the grad_weight product; None is the same as above.
+        gemm_config_output: accumulation of the output product; fast by default.
+        gemm_config_grad_input: accumulation of the grad_input product.
+        gemm_config_grad_weight: accumulation of the grad_weight product.
+        enable_fsdp_float8_all_gather: gather float8 bytes instead of high-precision weights under FSDP2. Not
+            implemented yet; True raises.
+        pad_inner_dim: accepted for compatibility and always in effect: awkward shapes are padded where needed.
+        emulate: bfloat16 arithmetic with float8 numerics, for hardware without float8. CPU always emulates.
+        force_recompute_fp8_weight_in_bwd: accepted for compatibility, no effect: backward casts are always recomputed.
+        round_scales_to_power_of_2: round inverse scales down to powers of two, which makes scaling exact.
+
+    Raises:
+        ValueError: operands of one product that cannot be combined, or one operand cast to two dtypes.
+        NotImplementedError: enable_fsdp_float8_all_gather.
+    """
+
+    cast_config_input: CastConfig = CastConfig()
+    cast_config_input_for_grad_weight: CastConfig | None = None
+    cast_config_weight: CastConfig = CastConfig()
+    cast_config_weight_for_grad_input: CastConfig | None = None
+    cast_config_grad_output: CastConfig = CastConfig()
+    cast_config_grad_output_for_grad_weight: CastConfig | None = None
+    gemm_config_output: Float8GemmConfig = Float8GemmConfig(use_fast_accum=True)
+    gemm_config_grad_input: Float8GemmConfig = Float8GemmConfig()
+    gemm_config_grad_weight: Float8GemmConfig = Float8GemmConfig()
+    enable_fsdp_float8_all_gather: bool = False
+    pad_inner_dim: bool = False
+    emulate: bool = False
+    force_recompute_fp8_weight_in_bwd: bool = False
+    round_scales_to_power_of_2: bool = False
+
+    def __post_init__(self) -> None:
+        if self.enable_fsdp_float8_all_gather:
+            raise NotImplementedError(
+                "enable_fsdp_float8_all_gather=True is not implemented yet; leave it False: FSDP2 then gathers "
+                "the weights in the mixed-precision dtype and casts them locally, with the same result."
+            )
+        self.to_recipe()  # every inconsistency is reported at construction, not in the first forward
+
+    @staticmethod
+    def from_recipe_name(name: "Float8LinearRecipeName | str") -> "Float8LinearConfig":
+        """The configuration of a named recipe; ValueError listing the valid names for an unknown one."""
+        canonical = recipe_name(name.value if isinstance(name, Float8LinearRecipeName) else name)
+        return _RECIPE_CONFIGS[canonical]
+
+    def to_recipe(self) -> LinearRecipe:
+        """The `LinearRecipe` this configuration means."""
+        x, w, g = self.cast_config_input, self.cast_config_weight, self.cast_config_grad_output
+        x_gw = self.cast_config_input_for_grad_weight or x
+        w_gi = self.cast_config_weight_for_grad_input or w
+        g_gw = self.cast_config_grad_output_for_grad_weight or g
+        x_default, w_default, g_default = FLOAT8_E4M3, FLOAT8_E4M3, FLOAT8_E5M2
+        for operand, first, second, default in (
+            ("input", x, x_gw, x_default),
+            ("weight", w, w_gi, w_default),
+            ("grad_output", g, g_gw, g_default),
+        ):
+            if _element(first, default) != _element(second, default):
+                raise ValueError(
+                    f"{operand} must be cast to the same dtype in both matmuls it's used in; got "
+                    f"{_element(first, default).dtype} and {_element(second, default).dtype}. Set the same "
+                    f"target_dtype in cast_config_{operand} and its '_for_' twin."
+                )
+        return LinearRecipe(
+            output=self._gemm("output", (x, x_default), (w, w_default), self.gemm_config_output),
+            grad_input=self._gemm("grad_input", (g, g_default), (w_gi, w_default), self.gemm_config_grad_input),
+            grad_weight=self._gemm("grad_weight", (g_gw, g_default), (x_gw, x_default), self.gemm_config_grad_weight),
+        )
+
+    def _gemm(
+        self,
+        gemm: str,
+        lhs: tuple[CastConfig, ElementFormat],
+        rhs: tuple[CastConfig, ElementFormat],
+        gemm_config: Float8GemmConfig,
+    ) -> GemmRecipe:
+        scalings = [self._scaling(cast, default) for cast, default in (lhs, rhs)]
+        if (scalings[0] is None) != (scalings[1] is None):
+            raise ValueError(
+                f"incompatible operand precision for {gemm}: one operand is DISABLED and the other is not; disable or "
+                "enable both."
+            )
+        if scalings[0] is None:
+            return GemmRecipe()
+        return GemmRecipe(lhs=scalings[0], rhs=scalings[1], fast_accum=gemm_config.use_fast_accum)
+
+    def _scaling(self, cast: CastConfig, default: ElementFormat) -> Scaling | None:
+        if cast.scaling_type is ScalingType.DISABLED:
+            return None
+        return Scaling(
+            element=_element(cast, default),
+            scale=SCALE_FORMATS["float32_pow2" if self.round_scales_to_power_of_2 else "float32"],
+            block=ROWWISE if cast.scaling_granularity is ScalingGranularity.AXISWISE else TENSORWISE,
+        )
+
+
+def _element(cast: CastConfig, default: ElementFormat) -> ElementFormat:
+    return default if cast.target_dtype is None else _FLOAT8_OF_DTYPE[cast.target_dtype]
+
+
+_ROW_E4M3 = CastConfig(scaling_granularity=ScalingGranularity.AXISWISE, target_dtype=torch.float8_e4m3fn)
+_ROWWISE_CONFIG = Float8LinearConfig(
+    cast_config_input=_ROW_E4M3,
+    cast_config_weight=_ROW_E4M3,
+    cast_config_grad_output=_ROW_E4M3,
+    round_scales_to_power_of_2=True,
+)
+_RECIPE_CONFIGS = {
+    "float8_tensorwise": Float8LinearConfig(),
+    "float8_rowwise": _ROWWISE_CONFIG,
+    "float8_rowwise_with_gw_hp": replace(
+        _ROWWISE_CONFIG,
+        cast_config_weight_for_grad_input=CastConfig(target_dtype=torch.float8_e4m3fn),
+        cast_config_input_for_grad_weight=CastConfig(ScalingType.DISABLED, target_dtype=torch.float8_e4m3fn),
+        cast_config_grad_output_for_grad_weight=CastConfig(ScalingType.DISABLED, target_dtype=torch.float8_e4m3fn),
+    ),
+}

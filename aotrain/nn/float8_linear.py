@@ -1,0 +1,76 @@
+"""Float8Linear: `nn.Linear` whose three matrix products run in float8."""
+
+from typing import Any, Self, TypeVar
+
+import torch
+
+from aotrain.nn.float8_config import Float8LinearConfig
+from aotrain.ops import scaled_linear
+from aotrain.recipes import GemmRecipe, LinearRecipe
+
+ModuleT = TypeVar("ModuleT", bound=torch.nn.Module)
+
+
+class Float8Linear(torch.nn.Linear):
+    """Linear layer computed by `aotrain.ops.scaled_linear`.
+
+    The parameters are ordinary `nn.Parameter`s named weight and bias, so state_dict, optimizers, FSDP2 and checkpoints
+    see a plain `nn.Linear`.
+
+    Args:
+        *args: positional arguments of `nn.Linear`: in_features, out_features, bias, device, dtype.
+        config: a `Float8LinearConfig`, or a `LinearRecipe` for formats that class cannot express.
+        emulate: overrides the configuration's `emulate` when given.
+        **kwargs: keyword arguments of `nn.Linear`.
+    """
+
+    config: Float8LinearConfig | LinearRecipe
+    recipe: LinearRecipe
+    emulate: bool
+
+    def __init__(
+        self, *args: Any, config: Float8LinearConfig | LinearRecipe, emulate: bool | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._set_config(config, emulate)
+
+    @classmethod
+    def from_float(cls, mod: torch.nn.Linear, config: Float8LinearConfig | LinearRecipe | None = None) -> Self:
+        """A Float8Linear with the same Parameter objects, hooks, buffers and training flag as `mod`."""
+        new = clone_as(mod, cls)
+        new._set_config(Float8LinearConfig() if config is None else config, None)
+        return new
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """[..., K] -> [..., N]; see `aotrain.ops.scaled_linear`."""
+        return scaled_linear(input, self.weight, self.bias, self.recipe, emulate=self.emulate)
+
+    def extra_repr(self) -> str:
+        """nn.Linear's, with the formats of the three products."""
+        gemms = {name: getattr(self.recipe, name) for name in ("output", "grad_input", "grad_weight")}
+        return ", ".join([super().extra_repr(), *(f"{name}=({_short(gemm)})" for name, gemm in gemms.items())])
+
+    def _set_config(self, config: Float8LinearConfig | LinearRecipe, emulate: bool | None) -> None:
+        self.config = config
+        if isinstance(config, LinearRecipe):
+            self.recipe, configured = config, False
+        else:
+            self.recipe, configured = config.to_recipe(), config.emulate
+        self.emulate = configured if emulate is None else emulate
+
+
+def clone_as(mod: torch.nn.Module, cls: type[ModuleT]) -> ModuleT:
+    """An instance of `cls` that shares mod's parameters, buffers, hooks and attributes without calling `__init__`.
+
+    The containers are copied, so that registering something on one module does not change the other.
+    """
+    new = cls.__new__(cls)
+    new.__dict__ = {
+        name: value.copy() if name.startswith("_") and isinstance(value, dict) else value
+        for name, value in mod.__dict__.items()
+    }
+    return new
+
+
+def _short(gemm: GemmRecipe) -> str:
+    return str(gemm).replace("float8_", "").replace("float32", "fp32")
