@@ -1,0 +1,203 @@
+"""AdamW8bit: AdamW with 8-bit moments, a drop-in for `torch.optim.AdamW`."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, overload
+
+import torch
+
+from aotrain.formats import BFLOAT16, philox_bits16, round_stochastic
+from aotrain.optim.load import load_state
+from aotrain.optim.sharding import global_index, local_of
+from aotrain.optim.state import adam_moments
+from aotrain.optim.step import adam_scalars, adam_update
+
+
+class _LowBitAdam(torch.optim.Optimizer):
+    """Adam over any state format; subclasses choose the format and the kind of weight decay."""
+
+    decoupled_weight_decay: bool
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | torch.Tensor,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        amsgrad: bool,
+        *,
+        block_size: int,
+        bf16_stochastic_round: bool,
+        seed: int,
+    ) -> None:
+        _check_hyperparameters(float(lr), betas, eps, weight_decay)
+        # Configuration files and command lines deliver these as strings and as 0/1.
+        block_size = int(block_size)
+        if block_size < 1:
+            raise ValueError(f"Invalid block_size: {block_size}; want at least 1, for example 256.")
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": bool(amsgrad),
+            "block_size": block_size,
+            "bf16_stochastic_round": bool(bf16_stochastic_round),
+            "seed": int(seed),
+        }
+        super().__init__(params, defaults)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One update of every parameter that has a gradient.
+
+        Args:
+            closure: recomputes and returns the loss, with gradients enabled.
+
+        Raises:
+            RuntimeError: a gradient is sparse.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        position = 0
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    self._step_param(param, group, position)
+                position += 1
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned; all of it or, on any mismatch, nothing.
+
+        Raises:
+            ValueError: the state is of other parameters, another block size or another optimizer; the message names
+                the parameter.
+        """
+        load_state(self, state_dict, super().load_state_dict)
+
+    def _step_param(self, param: torch.Tensor, group: dict[str, Any], position: int) -> None:
+        if param.grad.is_sparse:
+            raise RuntimeError(
+                "Sparse gradient is not supported by low-bit optimizers; build the embedding with sparse=False."
+            )
+        moments = adam_moments(param, block_size=group["block_size"], amsgrad=group["amsgrad"])
+        state = self.state[param]
+        if not state:
+            state["step"] = torch.tensor(0.0, dtype=torch.float32)
+            for moment in moments:
+                state.update(moment.init(param))
+        state["step"] += 1
+        step = int(state["step"].item())
+        scalars = adam_scalars(
+            lr=float(group["lr"]),
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            decoupled=self.decoupled_weight_decay,
+            step=step,
+        )
+        local = local_of(param)
+        values = [moment.read(state) for moment in moments]
+        max_exp_avg_sq = values[2] if group["amsgrad"] else None
+        updated, *values = adam_update(
+            local.float(), local_of(param.grad).float(), values[0], values[1], max_exp_avg_sq, scalars
+        )
+        for moment, value in zip(moments, values, strict=False):
+            moment.write(state, value)
+        if group["bf16_stochastic_round"] and local.dtype == torch.bfloat16:
+            updated = _round_to_bfloat16(updated, param, _sr_key(group["seed"], step, position))
+        local.copy_(updated)
+
+
+class AdamW8bit(_LowBitAdam):
+    """AdamW with both moments in 8 bits: 2.03 bytes of state per parameter instead of 8.
+
+    Moments of matrices are stored as 8-bit dynamic codes with one float32 scale per block along a row; small and
+    one-dimensional parameters keep float32 moments (`aotrain.optim.state`). All state is plain tensors (DTensors for
+    sharded parameters), so it saves, reshards and loads like any other tensor.
+
+    Args:
+        params: parameters or parameter groups; extra keys in groups are kept and ignored.
+        lr: learning rate, a float or a tensor; schedulers and plain assignment both work.
+        betas: decay rates of the two moments.
+        eps: added to the denominator.
+        weight_decay: decoupled weight decay.
+        amsgrad: keep the maximum of the second moment as a third 8-bit state.
+        block_size: elements per scale.
+        bf16_stochastic_round: round bfloat16 parameters stochastically, so that updates smaller than half a step of
+            the format are not lost.
+        seed: of the stochastic rounding; saved with the state. The random bits depend on (seed, step, parameter,
+            element) only, not on the number of ranks.
+
+    Raises:
+        ValueError: a hyper-parameter out of range.
+
+    Source: Dettmers et al., "8-bit Optimizers via Block-wise Quantization", ICLR 2022.
+    """
+
+    decoupled_weight_decay = True
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        block_size: int = 256,
+        bf16_stochastic_round: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            block_size=block_size,
+            bf16_stochastic_round=bf16_stochastic_round,
+            seed=seed,
+        )
+
+
+def _check_hyperparameters(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+    if not lr >= 0.0:
+        raise ValueError(f"Invalid learning rate: {lr}; want >= 0.")
+    if not eps >= 0.0:
+        raise ValueError(f"Invalid epsilon value: {eps}; want >= 0.")
+    for index, beta in enumerate(betas):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {index}: {beta}; want 0 <= beta < 1.")
+    if not weight_decay >= 0.0:
+        raise ValueError(f"Invalid weight_decay value: {weight_decay}; want >= 0.")
+
+
+def _round_to_bfloat16(updated: torch.Tensor, param: torch.Tensor, key: int) -> torch.Tensor:
+    rounded = round_stochastic(updated, BFLOAT16, philox_bits16(key, global_index(param))).float()
+    # round_stochastic saturates; a weight that overflowed must stay visible.
+    return torch.where(updated.isfinite(), rounded, updated)
+
+
+def _sr_key(seed: int, step: int, position: int) -> int:
+    """64-bit Philox key of one parameter at one step, decorrelated by splitmix64's finalizer.
+
+    Source: Steele et al., "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014.
+    """
+    mask = (1 << 64) - 1
+    key = seed & mask
+    for word in (step, position):
+        key = (key + (word + 1) * 0x9E3779B97F4A7C15) & mask
+        key = ((key ^ (key >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        key = ((key ^ (key >> 27)) * 0x94D049BB133111EB) & mask
+        key ^= key >> 31
+    return key

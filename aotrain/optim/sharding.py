@@ -1,0 +1,88 @@
+"""State of sharded parameters: DTensors on the parameter's own mesh, so that checkpoints know what each rank holds.
+
+torch.distributed.tensor takes half a second to import, so it is only imported once a parameter is known to be a
+DTensor; whoever made that parameter has imported it already.
+"""
+
+import sys
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import torch
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def is_dtensor(tensor: torch.Tensor) -> "TypeGuard[DTensor]":
+    """Whether this is a DTensor, without importing the module that defines it."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local_of(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a tensor: its local shard, or the tensor itself."""
+    return tensor.to_local() if is_dtensor(tensor) else tensor
+
+
+def even_inner_shards(param: torch.Tensor) -> bool:
+    """Whether each rank holds equally long rows, so that every rank's row has the same number of blocks.
+
+    Rows may be split unevenly (dimension 0, what FSDP2 does). A split of an inner dimension (tensor parallelism) must
+    divide it, and may not interleave.
+    """
+    if not is_dtensor(param):
+        return True
+    for mesh_dim, placement in enumerate(param.placements):
+        dim = getattr(placement, "dim", 0)
+        if dim == 0:
+            continue
+        if not placement.is_shard() or param.shape[dim] % param.device_mesh.size(mesh_dim):
+            return False
+    return True
+
+
+def shard_like(param: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
+    """The tensor whose part on this rank is `local`, distributed over dimension 0 and rows as the parameter is.
+
+    Args:
+        param: the parameter, sharded as `even_inner_shards` allows.
+        local: codes in the parameter's local shape, or scales [local rows, blocks per local row].
+
+    Returns:
+        `local` itself for an ordinary parameter, else a DTensor with the parameter's mesh. Its placements are the
+        parameter's, except that a two-dimensional `local` of a parameter with more dimensions is split along its
+        dimension 1 wherever the parameter is split inside rows.
+    """
+    if not is_dtensor(param):
+        return local
+    from torch.distributed.tensor import DTensor, Shard
+
+    placements: list[Any] = []
+    shape = list(local.shape)
+    shape[0] = param.shape[0]
+    for mesh_dim, placement in enumerate(param.placements):
+        dim = getattr(placement, "dim", 0)
+        if dim > 0:
+            dim = min(dim, local.ndim - 1)
+            shape[dim] *= param.device_mesh.size(mesh_dim)
+            placement = Shard(dim)
+        placements.append(placement)
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(
+        local, param.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
+    )
+
+
+def global_index(param: torch.Tensor) -> torch.Tensor:
+    """Row-major position of each local element in the global parameter, int64 in the local shape."""
+    local = local_of(param)
+    offsets = [0] * param.ndim
+    if is_dtensor(param):
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+        _, offsets = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
+    index = torch.zeros((), dtype=torch.int64, device=local.device)
+    for dim, offset in enumerate(offsets):
+        positions = torch.arange(offset, offset + local.shape[dim], device=local.device)
+        index = index * param.shape[dim] + positions.view(-1, *[1] * (param.ndim - dim - 1))
+    return index.expand(local.shape)
