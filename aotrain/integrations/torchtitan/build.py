@@ -1,0 +1,156 @@
+"""From a job to torchtitan's ``Trainer.Config``.
+
+Nothing is built and no device is touched: every shipped job can be turned into a config on a laptop. Call
+``compat.install`` first, as everything here imports torchtitan.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from torchtitan.components.loss import BaseLoss, ChunkedLossWrapper, CrossEntropyLoss
+from torchtitan.components.optimizer import LRSchedulersContainer
+from torchtitan.config import CommConfig, CompileConfig, ParallelismConfig, TrainingConfig
+from torchtitan.config.configs import DebugConfig
+from torchtitan.distributed.activation_checkpoint import ActivationCheckpointing, FullAC, SelectiveAC
+from torchtitan.protocols.model_spec import ModelSpec
+from torchtitan.trainer import Trainer
+
+from aotrain.integrations.torchtitan import compat
+from aotrain.integrations.torchtitan.checkpoint import CheckedCheckpoints
+from aotrain.integrations.torchtitan.data import TextDataLoader
+from aotrain.integrations.torchtitan.fsdp import with_plain_sum
+from aotrain.integrations.torchtitan.job import PretrainJob, batch_sizes
+from aotrain.integrations.torchtitan.metrics import RunMetrics
+from aotrain.integrations.torchtitan.models import llama3_spec, vocab_size
+from aotrain.integrations.torchtitan.optim import optimizer_config
+from aotrain.integrations.torchtitan.run_dir import CHECKPOINTS
+from aotrain.integrations.torchtitan.validate import RunValidator
+from aotrain.integrations.torchtitan.weight_init import name_parameter_inits
+
+# A vocabulary from which on the logits are worth computing in pieces.
+_LARGE_VOCAB = 32768
+
+
+def build_config(job: PretrainJob, *, device_type: str, num_ranks: int, tokenizer_dir: Path) -> Trainer.Config:
+    """The trainer's config.
+
+    Args:
+        job: a checked job with its output_dir.
+        device_type: "cpu" or "cuda".
+        num_ranks: processes of the run.
+        tokenizer_dir: from ``resolve_tokenizer``.
+
+    Raises:
+        JobError: batch and parallel sizes that do not divide.
+        ValueError: a precision recipe that converts nothing.
+    """
+    assert job.output_dir is not None
+    local_batch, global_batch = batch_sizes(job, num_ranks)
+    spec = _model_spec(job, device_type)
+    return Trainer.Config(
+        model_spec=spec,
+        hf_assets_path=str(tokenizer_dir),
+        dump_folder=job.output_dir,
+        loss=_loss(spec),
+        optimizer=optimizer_config(job.optimizer),
+        lr_scheduler=LRSchedulersContainer.Config(
+            warmup_steps=job.schedule.warmup_steps,
+            total_steps=job.schedule.total_steps,
+            decay_ratio=job.schedule.decay_ratio,
+            decay_type=job.schedule.decay,
+            min_lr_factor=job.schedule.min_lr_ratio,
+        ),
+        training=TrainingConfig(
+            local_batch_size=local_batch,
+            global_batch_size=global_batch,
+            seq_len=job.data.seq_len,
+            max_norm=job.training.max_norm,
+            steps=job.training.steps,
+            mixed_precision_param=job.precision.param_dtype,
+            disable_cuda_graphs=device_type == "cpu" or not compat.cuda_graphs_work(),
+        ),
+        parallelism=ParallelismConfig(
+            data_parallel_replicate_degree=job.parallelism.dp_replicate,
+            data_parallel_shard_degree=job.parallelism.dp_shard,
+            tensor_parallel_degree=job.parallelism.tp,
+            spmd_backend=compat.spmd_backend(),
+        ),
+        dataloader=_dataloader(job, spec, "train"),
+        validator=RunValidator.Config(
+            enable=job.validation.every is not None,
+            freq=job.validation.every or 1,
+            steps=job.validation.steps,
+            last_step=job.training.steps,
+            dataloader=_dataloader(job, spec, "validation"),
+        ),
+        metrics=RunMetrics.Config(
+            log_freq=job.metrics.every,
+            enable_tensorboard=job.metrics.tensorboard,
+            enable_wandb=job.metrics.wandb is not None,
+            disable_color_printing=True,
+            total_steps=job.training.steps,
+            low_precision=job.precision.recipe is not None,
+        ),
+        checkpoint=CheckedCheckpoints.Config(
+            enable=job.checkpoint.enabled,
+            folder=CHECKPOINTS,
+            interval=job.checkpoint.every,
+            keep_latest_k=job.checkpoint.keep,
+            # The last step is a full checkpoint too: a finished run can be continued.
+            last_save_model_only=False,
+            async_mode="async" if job.checkpoint.async_ else "disabled",
+            initial_load_path=os.path.abspath(job.checkpoint.init_from) if job.checkpoint.init_from else None,
+            initial_load_model_only=job.checkpoint.init_from is not None,
+        ),
+        activation_checkpoint=_activation_checkpoint(job),
+        compile=CompileConfig(enable=job.training.compile),
+        # The default 100 s between two collectives is short for a checkpoint to slow storage.
+        comm=CommConfig(init_timeout_seconds=600, train_timeout_seconds=600),
+        debug=DebugConfig(seed=job.training.seed, enable_structured_logging=False),
+    )
+
+
+def _model_spec(job: PretrainJob, device_type: str) -> ModelSpec:
+    attention = job.model.attention
+    if attention == "auto":
+        attention = "flex" if device_type != "cpu" and compat.flex_attention_works() else "sdpa"
+    spec = llama3_spec(job.model.size, attention)
+    if job.precision.recipe is not None:
+        from aotrain.integrations.torchtitan.converters import Float8Converter
+
+        converter = Float8Converter.Config(
+            recipe=job.precision.recipe,
+            skip=list(job.precision.skip),
+            emulate=job.precision.emulate,
+            model_compile_enabled=job.training.compile,
+        )
+        spec.model = converter.build().convert(spec.model)
+    if device_type == "cpu":
+        spec.parallelize_fn = with_plain_sum(spec.parallelize_fn)
+        name_parameter_inits(spec.model, job.training.seed)
+    return spec
+
+
+def _loss(spec: ModelSpec) -> BaseLoss.Config:
+    plain = CrossEntropyLoss.Config(global_vocab_size=vocab_size(spec))
+    if vocab_size(spec) < _LARGE_VOCAB or not compat.chunked_loss_works():
+        return plain
+    return ChunkedLossWrapper.Config(loss_fn=plain)
+
+
+def _dataloader(job: PretrainJob, spec: ModelSpec, split: str) -> TextDataLoader.Config:
+    return TextDataLoader.Config(
+        data=job.data,
+        split=split,
+        seed=job.training.seed,
+        vocab_size=vocab_size(spec),
+        num_workers=job.data.workers if split == "train" else 0,
+        persistent_workers=job.data.workers > 0,
+    )
+
+
+def _activation_checkpoint(job: PretrainJob) -> ActivationCheckpointing.Config | None:
+    choice = job.training.activation_checkpoint
+    return {"none": None, "selective": SelectiveAC.Config(), "full": FullAC.Config()}[choice]

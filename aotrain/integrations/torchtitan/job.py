@@ -1,0 +1,317 @@
+"""The pretraining job file: every key, its unit, its default and why.
+
+``load_job`` reads a YAML file into a ``PretrainJob`` or raises one ``ConfigError`` with all problems. Nothing here
+imports torch or torchtitan, so a mistake in a job is shown within a second.
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from aotrain.integrations.config_file import JobError, Section, load_config
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+
+# Short recipe names that users of other toolkits have in their files.
+_RECIPE_PREFIX = "float8_"
+
+# Other spellings of a key, so that a section of someone's existing file can be pasted.
+ALIASES = {"optim": "optimizer.name", "fp8.recipe_name": "precision.recipe"}
+
+# Built-in text needs no path; the others read what `data.path` names.
+_LOCAL_DATASETS = ("text", "json", "parquet")
+
+
+class Model(Section):
+    """Which network. Sizes are torchtitan's own, except `debug`."""
+
+    family: Literal["llama3"] = "llama3"
+    # debug: dim 128, 4 layers, 0.9 M parameters, learns visibly in 20 s on two CPU cores. Others: Llama 3.1 / 3.2.
+    size: Literal["debug", "1b", "8b", "70b"]
+    # auto: masked SDPA on CPU, FlexAttention on GPU. All of them keep packed documents apart. sdpa builds a mask of
+    # batch * seq_len^2 bytes, which is too much for long sequences.
+    attention: Literal["auto", "sdpa", "flex", "varlen"] = "auto"
+
+
+class Precision(Section):
+    """Number formats of the matrix products and of the master copy that FSDP gathers."""
+
+    # null: every product in param_dtype. Otherwise the format of the three products of each converted linear layer.
+    recipe: Literal["float8_tensorwise", "float8_rowwise", "float8_rowwise_with_gw_hp"] | None = None
+    # Layers that stay in param_dtype: globs, or any part of the layer's name ("layers.0.", "feed_forward.w2"). The
+    # output layer is kept because its input gradient decides the loss most directly.
+    skip: list[str] = Field(default=["lm_head"])
+    # True: round to float8 values but multiply in high precision. Same recipe on hardware without float8, but slow.
+    # CPU runs always emulate.
+    emulate: bool = False
+    # Format of gathered parameters and activations; master weights and reductions are always float32.
+    param_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+    @field_validator("recipe", mode="before")
+    @classmethod
+    def _long_name(cls, value: Any) -> Any:
+        short = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
+        return _RECIPE_PREFIX + value if value in short else value
+
+
+class Optimizer(Section):
+    """The update rule. Defaults are those of the Llama papers."""
+
+    # adamw_8bit keeps both moments in 8 bits per value with one scale per block: 4 times less state.
+    name: Literal["adamw", "adamw_8bit"] = "adamw"
+    # Peak learning rate, after warmup.
+    lr: Annotated[float, Field(gt=0)] = 3e-4
+    betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    # Decoupled; multiplied with the current learning rate.
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    # Round bf16 parameters stochastically in the update; no effect on float32 master weights.
+    bf16_stochastic_round: bool = False
+
+    @field_validator("betas")
+    @classmethod
+    def _unit_interval(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError(f"got {list(value)}, want two numbers in [0, 1)")
+        return value
+
+
+class Schedule(Section):
+    """Learning rate over the run: linear warmup, an optional flat part, decay."""
+
+    # Steps from 0 to the peak rate.
+    warmup_steps: NonNegative = 200
+    decay: Literal["linear", "cosine", "sqrt"] = "cosine"
+    # Part of total_steps that decays; null: everything after warmup.
+    decay_ratio: Annotated[float, Field(gt=0, le=1)] | None = None
+    # Rate at the end as a part of the peak rate.
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    # Length of the schedule; null: training.steps. Give it when a run is continued beyond its first length.
+    total_steps: Positive | None = None
+
+
+class Data(Section):
+    """Text, and how it is cut into batches."""
+
+    # stdlib: the Python standard library's source (11 MB, no network). c4: allenai/c4, streamed from the hub.
+    # hub: any dataset id of the Hugging Face hub in `path`. text / json / parquet: local files in `path`.
+    dataset: Literal["stdlib", "c4", "hub", "text", "json", "parquet"] = "stdlib"
+    # A file, a folder or a glob for local text; a dataset id for hub.
+    path: str | None = None
+    # Files for validation; null: one document in twenty is held out (for hub: its "validation" split is used).
+    validation_path: str | None = None
+    # Column that holds the text (json, parquet, hub).
+    text_field: str = "text"
+    # Configuration of a hub dataset, such as "en".
+    hub_config: str | None = None
+    # Tokens per sequence.
+    seq_len: Positive = 2048
+    # Sequences per optimizer step, all ranks together; null: batch_size * data-parallel ranks.
+    global_batch_size: Positive | None = None
+    # Sequences per rank and forward pass; null: global_batch_size / data-parallel ranks, without accumulation.
+    batch_size: Positive | None = None
+    # sequence: ranks take turns in one global stream of sequences, so a step sees the same text with any number of
+    # ranks, but every rank tokenizes everything. document: ranks read different documents; for large data.
+    shard_by: Literal["sequence", "document"] = "sequence"
+    # 1: read and tokenize in a background process. 0: in the training process; repeatable and light for small data.
+    workers: Annotated[int, Field(ge=0, le=1)] = 0
+
+    @field_validator("path", "validation_path")
+    @classmethod
+    def _exists(cls, value: str | None, info: Any) -> str | None:
+        dataset = info.data.get("dataset")
+        if value is None or dataset not in _LOCAL_DATASETS:
+            return value
+        if not glob.glob(value, recursive=True):
+            raise ValueError(f"no such file: {value!r} (looked from {Path.cwd()}); want a file, a folder or a glob")
+        return value
+
+
+class Training(Section):
+    """Length and mechanics of the run."""
+
+    # Optimizer steps.
+    steps: Positive
+    # Of weights and data order; the same job with the same seed repeats bit for bit.
+    seed: NonNegative = 0
+    # Gradients are scaled down to this global 2-norm.
+    max_norm: Annotated[float, Field(gt=0)] = 1.0
+    # torch.compile of each transformer block and of the loss. Pays on GPUs; costs a minute at the start.
+    compile: bool = False
+    # none: fastest. selective: recompute cheap operations. full: recompute whole blocks, least memory.
+    activation_checkpoint: Literal["none", "selective", "full"] = "none"
+    # auto: the GPU if torch sees one.
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class Parallelism(Section):
+    """How the ranks of torchrun are laid out. Their product is the number of ranks."""
+
+    # Groups of ranks that hold full copies (HSDP).
+    dp_replicate: Positive = 1
+    # Ranks that share one copy (FSDP2). -1: all that are left.
+    dp_shard: Annotated[int, Field(ge=-1)] = -1
+    # Ranks that split each layer.
+    tp: Positive = 1
+
+    @field_validator("dp_shard")
+    @classmethod
+    def _not_zero(cls, value: int) -> int:
+        if value == 0:
+            raise ValueError("got 0, want -1 (all ranks that are left) or a positive number")
+        return value
+
+
+class Checkpoint(Section):
+    """Full training state (weights, optimizer, data position) in `output_dir`/checkpoint, in torch DCP format."""
+
+    enabled: bool = True
+    # Steps between two checkpoints; the last step is always saved.
+    every: Positive = 500
+    # Newest ones to keep; 0 keeps all. Not 1: the newest may be half written when the machine dies.
+    keep: NonNegative = 2
+    # auto: continue from the newest complete checkpoint of output_dir. never: refuse an output_dir that holds a run.
+    resume: Literal["auto", "never"] = "auto"
+    # Write in a background thread while training goes on.
+    async_: bool = Field(default=False, alias="async")
+    # A checkpoint folder (.../step-N) whose weights this run starts from, with fresh optimizer and data.
+    init_from: str | None = None
+
+    @field_validator("keep")
+    @classmethod
+    def _not_one(cls, value: int) -> int:
+        if value == 1:
+            raise ValueError("got 1, want 0 (keep all) or at least 2: the newest may be incomplete after a crash")
+        return value
+
+    @field_validator("init_from")
+    @classmethod
+    def _is_checkpoint(cls, value: str | None) -> str | None:
+        if value is not None and not (Path(value) / ".metadata").is_file():
+            raise ValueError(f"{value!r} is not a checkpoint: want a folder such as runs/NAME/checkpoint/step-100")
+        return value
+
+
+class Validation(Section):
+    """Loss on held-out text."""
+
+    # Steps between two measurements; also at step 1 and at the end. null: never.
+    every: Positive | None = 100
+    # Batches per measurement, of the training batch size.
+    steps: Positive = 10
+
+
+class Wandb(Section):
+    """Weights & Biases. `offline` needs no account; upload later with `wandb sync`."""
+
+    project: str = "aotrain"
+    mode: Literal["online", "offline"] = "online"
+    # Name of the run; null: the name of output_dir.
+    name: str | None = None
+
+
+class Metrics(Section):
+    """What is recorded. `output_dir`/metrics.jsonl is always written."""
+
+    # Steps between two records.
+    every: Positive = 10
+    tensorboard: bool = True
+    wandb: Wandb | None = None
+
+
+class PretrainJob(Section):
+    """One pretraining run."""
+
+    model: Model
+    precision: Precision = Precision()
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    data: Data = Data()
+    # byte: 256 bytes and 3 specials, built here. Otherwise a local folder with tokenizer.json, or a hub id.
+    tokenizer: str = "byte"
+    training: Training
+    parallelism: Parallelism = Parallelism()
+    checkpoint: Checkpoint = Checkpoint()
+    validation: Validation = Validation()
+    metrics: Metrics = Metrics()
+    # Everything the run writes; null: runs/NAME of the job file.
+    output_dir: str | None = None
+
+
+def load_job(path: str | Path, overrides: Sequence[str] = ()) -> PretrainJob:
+    """Read and check a pretraining job file.
+
+    Args:
+        path: the YAML file.
+        overrides: ``key.path=value`` strings, applied in order.
+
+    Raises:
+        ConfigError: naming every problem with file, line, key and remedy.
+    """
+    job = load_config(path, PretrainJob, overrides, aliases=ALIASES, check=_check)
+    if job.output_dir is None:
+        job = job.model_copy(update={"output_dir": str(Path("runs") / Path(path).stem)})
+    return job
+
+
+def batch_sizes(job: PretrainJob, num_ranks: int) -> tuple[int, int]:
+    """(sequences per rank and forward pass, sequences per optimizer step) on ``num_ranks`` ranks.
+
+    Raises:
+        JobError: when the numbers do not divide.
+    """
+    tp, replicate, shard = job.parallelism.tp, job.parallelism.dp_replicate, job.parallelism.dp_shard
+    fixed = tp * replicate * (shard if shard > 0 else 1)
+    if num_ranks % fixed or (shard > 0 and num_ranks != fixed):
+        raise JobError(
+            f"parallelism: dp_replicate {replicate} x dp_shard {shard} x tp {tp} does not make {num_ranks} ranks; "
+            f"start {fixed} ranks (torchrun --nproc-per-node) or set parallelism.dp_shard=-1"
+        )
+    dp = num_ranks // tp
+    local, total = job.data.batch_size, job.data.global_batch_size
+    if total is None:
+        assert local is not None  # _check refuses jobs that give neither
+        return local, local * dp
+    if local is None:
+        local = total // dp
+    if local == 0 or total % (local * dp):
+        raise JobError(
+            f"data.global_batch_size {total} is no multiple of batch_size x data-parallel ranks = {local or 1} x {dp}; "
+            f"change data.global_batch_size or data.batch_size"
+        )
+    return local, total
+
+
+def _check(job: PretrainJob) -> Iterator[tuple[str, str]]:
+    """Rules that span several keys."""
+    data = job.data
+    if data.global_batch_size is None and data.batch_size is None:
+        yield "data.global_batch_size", "is missing; give it, or data.batch_size per rank"
+    if data.dataset in (*_LOCAL_DATASETS, "hub") and data.path is None:
+        yield "data.path", f"is missing; data.dataset {data.dataset!r} needs it"
+    if data.dataset in ("stdlib", "c4") and data.path is not None:
+        yield (
+            "data.path",
+            f"is given but data.dataset {data.dataset!r} does not read it; use text, json, parquet or hub",
+        )
+    total = job.schedule.total_steps or job.training.steps
+    if job.schedule.warmup_steps > total:
+        yield (
+            "schedule.warmup_steps",
+            f"got {job.schedule.warmup_steps}, want at most the {total} steps of the schedule",
+        )
+    if job.precision.emulate and job.precision.recipe is None:
+        yield "precision.emulate", "is set but precision.recipe is null; name a recipe or remove it"
+    if job.model.size == "debug" and job.tokenizer != "byte":
+        yield "tokenizer", f"got {job.tokenizer!r}, but model.size debug has 320 tokens and fits only 'byte'"
+    looks_local = job.tokenizer.startswith((".", "/", "~"))
+    if looks_local and not Path(job.tokenizer).expanduser().is_dir():
+        yield "tokenizer", f"no such folder: {job.tokenizer!r}; want byte, a folder with tokenizer.json, or a hub id"
+    if job.optimizer.bf16_stochastic_round and job.optimizer.name == "adamw":
+        yield "optimizer.bf16_stochastic_round", "is not offered by adamw; set optimizer.name to adamw_8bit"

@@ -1,0 +1,71 @@
+"""Our optimizers under torchtitan's optimizer container.
+
+The container builds one optimizer per name in its config. Names it does not know are resolved here; everything else
+(parameter groups by regex, checkpoint layout, learning-rate schedules) stays torchtitan's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from torch.optim import Optimizer
+from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig
+
+from aotrain.integrations.torchtitan import job as jobs
+
+# Names of a job file -> names of the container.
+TITAN_NAMES = {"adamw": "AdamW", "adamw_8bit": "AdamW8bit"}
+
+
+class LowBitOptimizers(OptimizersContainer):
+    """``OptimizersContainer`` that also knows ``AdamW8bit``."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(OptimizersContainer.Config):
+        pass
+
+    @staticmethod
+    def _resolve_optimizer_factory(name: str) -> Callable[..., Optimizer]:
+        if name == "AdamW8bit":
+            from aotrain.optim import AdamW8bit
+
+            return AdamW8bit
+        return OptimizersContainer._resolve_optimizer_factory(name)
+
+
+def optimizer_config(settings: jobs.Optimizer) -> LowBitOptimizers.Config:
+    """The container config of a job's optimizer section: one group with every parameter."""
+    kwargs: dict[str, object] = {
+        "lr": settings.lr,
+        "betas": settings.betas,
+        "eps": settings.eps,
+        "weight_decay": settings.weight_decay,
+    }
+    factory_kwargs: dict[str, dict[str, object]] = {}
+    if settings.name == "adamw_8bit":
+        factory_kwargs["AdamW8bit"] = {"bf16_stochastic_round": settings.bf16_stochastic_round}
+    group = ParamGroupConfig(pattern=r".*", optimizer_name=TITAN_NAMES[settings.name], optimizer_kwargs=kwargs)
+    return LowBitOptimizers.Config(param_groups=[group], optimizer_factory_kwargs_by_name=factory_kwargs)
+
+
+def with_low_bit(config: OptimizersContainer.Config, name: str) -> LowBitOptimizers.Config:
+    """A stock optimizer config with its Adam and AdamW groups replaced by optimizer ``name`` (as in a job file).
+
+    Raises:
+        ValueError: unknown name, or no group to replace.
+    """
+    if name not in TITAN_NAMES:
+        raise ValueError(f"unknown optimizer {name!r}; want one of {', '.join(TITAN_NAMES)}")
+    groups = []
+    for group in config.param_groups:
+        is_adam = group.optimizer_name in ("Adam", "AdamW")
+        groups.append(replace(group, optimizer_name=TITAN_NAMES[name]) if is_adam else group)
+    if groups == list(config.param_groups) and name != "adamw":
+        names = ", ".join(group.optimizer_name for group in config.param_groups)
+        raise ValueError(f"no Adam or AdamW parameter group to replace by {name}; the config has {names or 'none'}")
+    return LowBitOptimizers.Config(
+        param_groups=groups,
+        implementation=config.implementation,
+        optimizer_factory_kwargs_by_name=config.optimizer_factory_kwargs_by_name,
+    )

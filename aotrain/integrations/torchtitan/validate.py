@@ -1,0 +1,19 @@
+"""torchtitan's validator, which also measures after the last step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torchtitan.components.validate import Validator
+
+
+class RunValidator(Validator):
+    """Measures at step 1, every ``freq`` steps and at the end, so that a run always has a first and a final loss."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Validator.Config):
+        last_step: int | None = None
+        """Length of the run; None: no extra measurement."""
+
+    def should_validate(self, step: int) -> bool:
+        return step == 1 or step % self.config.freq == 0 or step == self.config.last_step
