@@ -116,7 +116,7 @@ def _native(
 
 
 def _pad(data: torch.Tensor, row_multiple: int, column_multiple: int) -> torch.Tensor:
-    """Zero-pad [R, C] float8 data up to multiples; 0 leaves a dimension alone. Code 0 is zero in every float8 format."""
+    """Zero-pad [R, C] float8 data up to multiples; 0 leaves a dimension alone. Code 0 is zero in all float8 formats."""
     pad_rows = -data.shape[0] % row_multiple if row_multiple else 0
     pad_columns = -data.shape[1] % column_multiple if column_multiple else 0
     if not (pad_rows or pad_columns):

@@ -87,8 +87,8 @@ class CastConfig:
 
     def short_str(self) -> str:
         """Compact form for module reprs, e.g. `dyn_ten_e4m3`."""
-        dtype = {torch.float8_e5m2: "e5m2", torch.float8_e5m2fnuz: "e5m2"}.get(self.target_dtype, "e4m3")
-        return f"{self.scaling_type.short_str()}_{self.scaling_granularity.short_str()}_{dtype}"
+        is_e5m2 = self.target_dtype in (torch.float8_e5m2, torch.float8_e5m2fnuz)
+        return f"{self.scaling_type.short_str()}_{self.scaling_granularity.short_str()}_{'e5m2' if is_e5m2 else 'e4m3'}"
 
 
 @dataclass(frozen=True)

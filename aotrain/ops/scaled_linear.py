@@ -66,7 +66,8 @@ class _ScaledLinear(torch.autograd.Function):
         return _matmul_nt(x, weight, recipe.output, x.dtype, emulate)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+        (grad_output,) = grad_outputs
         x, weight = ctx.saved_tensors
         recipe, emulate = ctx.recipe, ctx.emulate
         grad_input = grad_weight = None

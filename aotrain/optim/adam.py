@@ -69,7 +69,7 @@ class _LowBitAdam(torch.optim.Optimizer):
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is not None:
-                    self._step_param(param, group, position)
+                    self._step_param(param, param.grad, group, position)
                 position += 1
         return loss
 
@@ -82,8 +82,8 @@ class _LowBitAdam(torch.optim.Optimizer):
         """
         load_state(self, state_dict, super().load_state_dict)
 
-    def _step_param(self, param: torch.Tensor, group: dict[str, Any], position: int) -> None:
-        if param.grad.is_sparse:
+    def _step_param(self, param: torch.Tensor, grad: torch.Tensor, group: dict[str, Any], position: int) -> None:
+        if grad.is_sparse:
             raise RuntimeError(
                 "Sparse gradient is not supported by low-bit optimizers; build the embedding with sparse=False."
             )
@@ -105,11 +105,8 @@ class _LowBitAdam(torch.optim.Optimizer):
         )
         local = local_of(param)
         values = [moment.read(state) for moment in moments]
-        max_exp_avg_sq = values[2] if group["amsgrad"] else None
-        updated, *values = adam_update(
-            local.float(), local_of(param.grad).float(), values[0], values[1], max_exp_avg_sq, scalars
-        )
-        for moment, value in zip(moments, values, strict=False):
+        updated, new_values = adam_update(local.float(), local_of(grad).float(), values, scalars)
+        for moment, value in zip(moments, new_values, strict=True):
             moment.write(state, value)
         if group["bf16_stochastic_round"] and local.dtype == torch.bfloat16:
             updated = _round_to_bfloat16(updated, param, _sr_key(group["seed"], step, position))

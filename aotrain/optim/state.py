@@ -1,6 +1,6 @@
 """Layout of optimizer state: which moments are quantized, and the plain tensors that hold them.
 
-A quantized moment of a parameter [d0, d1, ...], with rows of R = d1 * d2 * ... elements, is two tensors of plain dtypes:
+A quantized moment of a parameter [d0, d1, ...], with rows of R = d1 * d2 * ... elements, is two plain tensors:
 
     {name}_codes  uint8    [d0, d1, ...]           the parameter's own shape
     {name}_scale  float32  [d0, ceil(R / block)]   largest magnitude of each block

@@ -5,6 +5,7 @@ All arithmetic is float32, one rounding per operation, in the order written here
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,13 +45,8 @@ def adam_scalars(
 
 
 def adam_update(
-    param: torch.Tensor,
-    grad: torch.Tensor,
-    exp_avg: torch.Tensor,
-    exp_avg_sq: torch.Tensor,
-    max_exp_avg_sq: torch.Tensor | None,
-    scalars: AdamScalars,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    param: torch.Tensor, grad: torch.Tensor, moments: Sequence[torch.Tensor], scalars: AdamScalars
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """New parameter and moments; nothing is modified.
 
         p, g        = p * decay_factor, g + coupled_decay * p
@@ -64,22 +60,24 @@ def adam_update(
     Source: Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, algorithm 2.
 
     Args:
-        param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq: float32 of one shape; the last is None without amsgrad.
+        param: float32.
+        grad: float32, of the same shape.
+        moments: (exp_avg, exp_avg_sq), and max_exp_avg_sq for amsgrad; float32, of the same shape.
         scalars: of this step.
 
     Returns:
-        (param, exp_avg, exp_avg_sq, max_exp_avg_sq), float32.
+        The new parameter and the new moments, float32.
     """
     if scalars.coupled_decay != 0.0:
         grad = grad + param * scalars.coupled_decay
     param = param * scalars.decay_factor
+    exp_avg, exp_avg_sq, *maximum = moments
     exp_avg = exp_avg + (grad - exp_avg) * scalars.one_minus_beta1
     exp_avg_sq = exp_avg_sq + (grad * grad - exp_avg_sq) * scalars.one_minus_beta2
-    if max_exp_avg_sq is not None:
-        max_exp_avg_sq = torch.maximum(max_exp_avg_sq, exp_avg_sq)
-    under_root = exp_avg_sq if max_exp_avg_sq is None else max_exp_avg_sq
+    maximum = [torch.maximum(previous, exp_avg_sq) for previous in maximum]
+    under_root = maximum[0] if maximum else exp_avg_sq
     # Through float64: torch's float32 square root on CPU is not correctly rounded, a kernel's is.
     root = under_root.double().sqrt().float()
     denominator = root * scalars.inv_sqrt_bias_correction2 + scalars.eps
     param = param - exp_avg / denominator * scalars.step_size
-    return param, exp_avg, exp_avg_sq, max_exp_avg_sq
+    return param, (exp_avg, exp_avg_sq, *maximum)
