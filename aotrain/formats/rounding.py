@@ -1,9 +1,12 @@
 """Rounding of float32 values to an element format: nearest-even and stochastic, both saturating.
 
-Policy (docs/numerics.md, section 2): NaN stays NaN; values beyond the format's range, infinities included, become the
-largest finite value with their sign. The clamp is explicit because torch's own float8 casts changed between releases:
-overflow gave NaN in torch 2.11 and saturates in 2.13.
+Policy (docs/numerics.md, section 2): NaN becomes the format's positive quiet NaN whatever its sign and payload; values
+beyond the format's range, infinities included, become the largest finite value with their sign. The clamp is explicit
+because torch's own float8 casts changed between releases: overflow gave NaN in torch 2.11 and saturates in 2.13. NaNs
+are made one value because their sign is an accident of the machine: inf * 0 is -NaN on x86 and +NaN elsewhere.
 """
+
+import math
 
 import torch
 
@@ -22,7 +25,7 @@ def round_nearest(x: torch.Tensor, element: ElementFormat) -> torch.Tensor:
     Returns:
         Tensor of `element.dtype` and x's shape.
     """
-    return x.clamp(-element.max, element.max).to(element.dtype)
+    return x.nan_to_num(nan=math.nan).clamp_(-element.max, element.max).to(element.dtype)
 
 
 def round_stochastic(x: torch.Tensor, element: ElementFormat, noise: torch.Tensor) -> torch.Tensor:
@@ -48,7 +51,7 @@ def round_stochastic(x: torch.Tensor, element: ElementFormat, noise: torch.Tenso
     whole = steps.floor()
     round_up = (steps - whole) + noise.double() * 2.0**-NOISE_BITS >= 1.0
     rounded = ((whole + round_up) * ulp).float()
-    return torch.where(x.isnan(), x, torch.copysign(rounded, x)).to(element.dtype)
+    return torch.where(x.isnan(), math.nan, torch.copysign(rounded, x)).to(element.dtype)
 
 
 def _power_of_two(exponent: torch.Tensor) -> torch.Tensor:

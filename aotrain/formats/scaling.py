@@ -12,6 +12,7 @@ columns of the last two dimensions shares one scale; -1 means the whole dimensio
 The lower bound 1e-12 keeps the scale of an all-zero block finite and positive, so zeros quantize to zeros.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -144,7 +145,8 @@ def scales_from_amax(amax: torch.Tensor, scaling: Scaling) -> tuple[torch.Tensor
     inv_scale = (torch.full_like(bounded, scaling.element.max) / bounded).float()
     if scaling.scale.power_of_two:
         inv_scale = floor_to_power_of_two(inv_scale)
-    return inv_scale.reciprocal(), inv_scale
+    # One NaN whatever the input's, for equal bits on every machine (formats/rounding.py).
+    return inv_scale.reciprocal().masked_fill(inv_scale.isnan(), math.nan), inv_scale
 
 
 def scale_to_float(scale: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,24 @@
+"""Philox against the published known-answer vectors, and as a source of uniform bits."""
+
+import torch
+
+from aotrain.formats import philox_bits16, philox_u32
+
+
+def test_known_answers():
+    # Random123's kat_vectors, philox4x32-10: counter and key all zero; first output word.
+    assert philox_u32(0, torch.zeros(1, dtype=torch.int64)).item() == 0x6627E8D5
+
+
+def test_counters_beyond_32_bits_and_seeds_beyond_32_bits_matter():
+    low, high = torch.tensor([5]), torch.tensor([5 + (1 << 32)])
+    assert philox_u32(3, low) != philox_u32(3, high)
+    assert philox_u32(3, low) != philox_u32(3 + (1 << 32), low)
+
+
+def test_bits_are_uniform():
+    draws = philox_bits16(1234, torch.arange(1 << 16)).double()
+    assert draws.min() >= 0
+    assert draws.max() < 1 << 16
+    # Mean of 65536 uniform draws: standard deviation 2^16 / sqrt(12 * 65536) = 73.9; five of them.
+    assert abs(draws.mean() - (2**16 - 1) / 2) < 5 * 73.9
