@@ -133,7 +133,7 @@ def check_fits(folder: Path, metadata: Metadata, wanted: Mapping[str, Any]) -> N
     remedy = (
         "Use the model of the checkpoint, or another output_dir"
         if model_differs
-        else "Use the optimizer of the checkpoint, or start from its weights alone (checkpoint.init_from, new output_dir)"
+        else "Use the optimizer of the checkpoint, or only its weights: checkpoint.init_from in a new output_dir"
     )
     raise CheckpointError(f"checkpoint {folder} was {what}: {'; '.join(parts)}. {remedy}")
 

@@ -9,7 +9,11 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from logging.handlers import MemoryHandler
 from pathlib import Path
+
+# Name of our handlers, to find them again.
+_NAME = "aotrain"
 
 # Warnings that are true of every run of ours and tell the reader nothing.
 _NOISE = (
@@ -35,34 +39,51 @@ def _is_for_people(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.WARNING and not record.getMessage().startswith(_NOISE)
 
 
-def start_logging(run_dir: Path, rank: int) -> None:
-    """Send all log records to the run folder and, on rank 0, the ones for people to stdout.
+def start_logging(rank: int) -> None:
+    """Show the log records for people on stdout, on rank 0, and keep all of them until ``log_to`` names a folder.
 
     Handlers of an earlier call are replaced.
     """
-    folder = run_dir / "logs"
-    folder.mkdir(parents=True, exist_ok=True)
-    root = logging.getLogger()
     stop_logging()
     # torchdata calls a function that torch has deprecated; nothing a user could do about it.
     warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
+    root = logging.getLogger()
     root.setLevel(logging.INFO)
-    file = logging.FileHandler(folder / f"rank{rank}.log", encoding="utf-8")
-    file.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
-    handlers: list[logging.Handler] = [file]
+    logging.getLogger("aotrain").setLevel(logging.DEBUG)
+    handlers: list[logging.Handler] = [MemoryHandler(capacity=10_000, flushOnClose=False)]
     if rank == 0:
-        console = _ConsoleHandler()
+        console = _ConsoleHandler(level=logging.INFO)
         console.addFilter(_is_for_people)
         console.setFormatter(logging.Formatter("%(message)s"))
         handlers.append(console)
     for handler in handlers:
-        handler.set_name("aotrain")
+        handler.set_name(_NAME)
         root.addHandler(handler)
 
 
-def stop_logging() -> None:
-    """Close the handlers that ``start_logging`` made."""
+def log_to(run_dir: Path, rank: int) -> None:
+    """Write the records that ``start_logging`` kept, and all later ones, to the rank's file in the run folder."""
+    folder = run_dir / "logs"
+    folder.mkdir(parents=True, exist_ok=True)
+    file = logging.FileHandler(folder / f"rank{rank}.log", encoding="utf-8")
+    file.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    file.set_name(_NAME)
     root = logging.getLogger()
-    for handler in [handler for handler in root.handlers if handler.get_name() == "aotrain"]:
-        root.removeHandler(handler)
+    for handler in _own_handlers():
+        if isinstance(handler, MemoryHandler):
+            handler.setTarget(file)
+            handler.flush()
+            root.removeHandler(handler)
+            handler.close()
+    root.addHandler(file)
+
+
+def stop_logging() -> None:
+    """Close the handlers that this module made."""
+    for handler in _own_handlers():
+        logging.getLogger().removeHandler(handler)
         handler.close()
+
+
+def _own_handlers() -> list[logging.Handler]:
+    return [handler for handler in logging.getLogger().handlers if handler.get_name() == _NAME]

@@ -59,7 +59,7 @@ def run(job: PretrainJob) -> Path:
     compat.install()
 
     from aotrain.integrations.torchtitan.build import build_config
-    from aotrain.integrations.torchtitan.console import start_logging, stop_logging
+    from aotrain.integrations.torchtitan.console import log_to, start_logging, stop_logging
     from aotrain.integrations.torchtitan.device import choose_device
     from aotrain.integrations.torchtitan.run_dir import plan_resume, save_job
     from aotrain.integrations.torchtitan.tokenizer import resolve_tokenizer
@@ -71,11 +71,12 @@ def run(job: PretrainJob) -> Path:
     device_type = choose_device(job)
     _check_wandb(job)
     resume_step, changes = plan_resume(job)
-    config = build_config(
-        job, device_type=device_type, num_ranks=num_ranks, tokenizer_dir=resolve_tokenizer(job.tokenizer)
-    )
-    start_logging(run_dir, rank)
+    start_logging(rank)
     try:
+        config = build_config(
+            job, device_type=device_type, num_ranks=num_ranks, tokenizer_dir=resolve_tokenizer(job.tokenizer)
+        )
+        log_to(run_dir, rank)
         if rank == 0:
             save_job(job)
             _announce(job, device_type, num_ranks, resume_step, changes)

@@ -1,0 +1,55 @@
+"""The same parts for any stock torchtitan config, from its command line.
+
+    torchrun -m torchtitan.train --module aotrain.integrations.torchtitan.registry --config llama3.llama3_8b
+        --override.imports 'aotrain.integrations.torchtitan.overrides.float8_linear={"recipe": "float8_tensorwise"}'
+        aotrain.integrations.torchtitan.overrides.optimizer
+
+``float8_linear`` converts the linear layers of all transformer blocks; the output layer stays as it is. For another
+choice of layers, write such a function in a module of your own, with ``fqns`` globs as you need them, around
+``linear.float8_linear_config``. On torch 2.15 with a GPU, ``--module llama3`` takes these imports just as well.
+"""
+
+from __future__ import annotations
+
+from torchtitan.components.metrics import MetricsProcessor
+from torchtitan.components.optimizer import OptimizersContainer
+from torchtitan.config.override import derive, override
+from torchtitan.models.common.attention import FlexAttention, VarlenAttention
+from torchtitan.models.common.linear import Linear
+
+from aotrain.integrations.torchtitan.attention import DocumentSDPA
+from aotrain.integrations.torchtitan.linear import Float8Linear, float8_linear_config
+from aotrain.integrations.torchtitan.metrics import RunMetrics
+from aotrain.integrations.torchtitan.optim import LowBitOptimizers, with_low_bit
+
+
+@override(target=Linear.Config, fqns=["*.layers.*"], exact=True, description="float8 products in transformer blocks")
+def float8_linear(
+    config: Linear.Config, *, recipe: str = "float8_rowwise", emulate: bool = False
+) -> Float8Linear.Config:
+    """Every linear layer of the transformer blocks in the formats of ``recipe``."""
+    return float8_linear_config(config, recipe=recipe, emulate=emulate)
+
+
+@override(target=OptimizersContainer.Config, description="low-bit AdamW state")
+def optimizer(config: OptimizersContainer.Config, *, name: str = "adamw_8bit") -> LowBitOptimizers.Config:
+    """All Adam and AdamW parameter groups with the optimizer ``name``, keeping their hyper-parameters."""
+    return with_low_bit(config, name)
+
+
+@override(target=FlexAttention.Config, description="document-masked SDPA in place of FlexAttention")
+def sdpa(config: FlexAttention.Config) -> DocumentSDPA.Config:
+    """Attention that runs on any device and keeps packed documents apart."""
+    return derive(config, DocumentSDPA.Config)
+
+
+@override(target=VarlenAttention.Config, exact=True, description="document-masked SDPA in place of varlen attention")
+def sdpa_for_varlen(config: VarlenAttention.Config) -> DocumentSDPA.Config:
+    """``sdpa`` for configs that use flash attention with variable lengths."""
+    return derive(config, DocumentSDPA.Config)
+
+
+@override(target=MetricsProcessor.Config, description="console lines and metrics.jsonl")
+def metrics(config: MetricsProcessor.Config, *, low_precision: bool = True) -> RunMetrics.Config:
+    """Console lines, metrics.jsonl, and no utilization of the bf16 peak while ``low_precision``."""
+    return derive(config, RunMetrics.Config, low_precision=low_precision)
