@@ -78,6 +78,17 @@ def _cuda_problem(index: int, rowwise: bool) -> str | None:
     return f"{name} has compute capability {capability[0]}.{capability[1]}, float8 needs {need[0]}.{need[1]}"
 
 
+def _runs_natively(device: torch.device, rowwise: bool) -> bool:
+    """Whether to use the device's float8 units; a GPU without them is an error rather than a silent slow path."""
+    problem = native_scaled_mm_problem(device, rowwise=rowwise)
+    if problem is not None:
+        raise RuntimeError(
+            f"float8 matrix product: {problem}. Set emulate=True to run it in bfloat16 arithmetic with float8 numerics "
+            "(no speed-up), or train in bfloat16 on this GPU."
+        )
+    return device.type == "cuda"
+
+
 def _emulated(
     a: torch.Tensor, a_scale: torch.Tensor, b: torch.Tensor, b_scale: torch.Tensor, out_dtype: torch.dtype
 ) -> torch.Tensor:
@@ -98,7 +109,8 @@ def _native(
     rows, columns = a.shape[0], b.shape[0]
     rowwise = a_scale.numel() > 1 or b_scale.numel() > 1
     if rowwise:  # both operands must then be rowwise
-        a_scale, b_scale = a_scale.expand(rows, 1), b_scale.expand(columns, 1)
+        a_scale = a_scale if a_scale.shape[0] == rows else a_scale.repeat(rows, 1)
+        b_scale = b_scale if b_scale.shape[0] == columns else b_scale.repeat(columns, 1)
     a, b = _pad(a, 0, NATIVE_ALIGNMENT), _pad(b, NATIVE_ALIGNMENT, NATIVE_ALIGNMENT)
     if rowwise:
         b_scale = torch.nn.functional.pad(b_scale, (0, 0, 0, b.shape[0] - columns), value=1.0)
@@ -107,12 +119,14 @@ def _native(
     output = torch._scaled_mm(
         a,
         b.t(),
-        scale_a=a_scale.contiguous(),
-        scale_b=b_scale.t().contiguous(),
+        scale_a=a_scale,
+        scale_b=b_scale.t(),
         out_dtype=mm_dtype,
         use_fast_accum=fast_accum,
     )
-    return output[:, :columns].contiguous().to(out_dtype)
+    if output.shape[1] != columns:
+        output = output.narrow(1, 0, columns).clone(memory_format=torch.contiguous_format)
+    return output.to(out_dtype)
 
 
 def _pad(data: torch.Tensor, row_multiple: int, column_multiple: int) -> torch.Tensor:
@@ -135,14 +149,9 @@ def _scaled_mm(
 ) -> torch.Tensor:
     if min(a.shape[0], a.shape[1], b.shape[0]) == 0:
         return a.new_zeros((a.shape[0], b.shape[0]), dtype=out_dtype)
-    if emulate or not a.is_cuda:
+    rowwise = a_scale.numel() > 1 or b_scale.numel() > 1
+    if emulate or not _runs_natively(a.device, rowwise):
         return _emulated(a, a_scale, b, b_scale, out_dtype)
-    problem = native_scaled_mm_problem(a.device, rowwise=a_scale.numel() > 1 or b_scale.numel() > 1)
-    if problem is not None:
-        raise RuntimeError(
-            f"float8 matrix product: {problem}. Set emulate=True to run it in bfloat16 arithmetic with float8 numerics "
-            "(no speed-up), or train in bfloat16 on this GPU."
-        )
     return _native(a, a_scale, b, b_scale, out_dtype, fast_accum)
 
 
