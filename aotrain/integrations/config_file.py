@@ -188,6 +188,8 @@ class _Document:
 
     def _convert(self, loader: _Loader, node: yaml.Node, prefix: str) -> Any:
         """A node as plain data, remembering the line of every mapping key."""
+        if node.tag.startswith("!") or node.tag.startswith("tag:yaml.org,2002:python/"):
+            return loader.construct_object(node, deep=True)  # SafeLoader refuses it, naming the tag
         if isinstance(node, yaml.SequenceNode):
             return [self._convert(loader, item, f"{prefix}.{i}") for i, item in enumerate(node.value)]
         if not isinstance(node, yaml.MappingNode):
@@ -260,6 +262,8 @@ def _explain(detail: Mapping[str, Any], model: type[BaseModel]) -> tuple[str, st
         return key, f"got {_show(got)}, want one of {', '.join(choices)}{hint}"
     if kind == "value_error":
         return key, f"{detail['ctx']['error']}"
+    if kind == "model_type":
+        return key, f"got {_show(got)}, want a section of key: value lines"
     wanted = detail["msg"].removeprefix("Input should be ")
     return key, f"got {_show(got)}, want {wanted}"
 

@@ -47,6 +47,8 @@ def start_logging(rank: int) -> None:
     stop_logging()
     # torchdata calls a function that torch has deprecated; nothing a user could do about it.
     warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
+    # True, and the reason for weight_init.NamedInit; nothing else in a run draws random numbers into DTensors.
+    warnings.filterwarnings("ignore", message="DTensor .* may not have complete support on cpu device mesh")
     root = logging.getLogger()
     root.setLevel(logging.INFO)
     logging.getLogger("aotrain").setLevel(logging.DEBUG)

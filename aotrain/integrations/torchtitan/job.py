@@ -85,7 +85,7 @@ class Optimizer(Section):
 class Schedule(Section):
     """Learning rate over the run: linear warmup, an optional flat part, decay."""
 
-    # Steps from 0 to the peak rate.
+    # Steps from 0 to the peak rate; cut to the length of the schedule, with a warning, if that is shorter.
     warmup_steps: NonNegative = 200
     decay: Literal["linear", "cosine", "sqrt"] = "cosine"
     # Part of total_steps that decays; null: everything after warmup.
@@ -299,12 +299,6 @@ def _check(job: PretrainJob) -> Iterator[tuple[str, str]]:
         yield (
             "data.path",
             f"is given but data.dataset {data.dataset!r} does not read it; use text, json, parquet or hub",
-        )
-    total = job.schedule.total_steps or job.training.steps
-    if job.schedule.warmup_steps > total:
-        yield (
-            "schedule.warmup_steps",
-            f"got {job.schedule.warmup_steps}, want at most the {total} steps of the schedule",
         )
     if job.precision.emulate and job.precision.recipe is None:
         yield "precision.emulate", "is set but precision.recipe is null; name a recipe or remove it"
