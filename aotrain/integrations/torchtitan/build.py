@@ -17,6 +17,7 @@ from torchtitan.distributed.activation_checkpoint import ActivationCheckpointing
 from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.trainer import Trainer
 
+from aotrain.integrations.config_file import JobError
 from aotrain.integrations.torchtitan import compat
 from aotrain.integrations.torchtitan.checkpoint import CheckedCheckpoints
 from aotrain.integrations.torchtitan.data import TextDataLoader
@@ -43,8 +44,7 @@ def build_config(job: PretrainJob, *, device_type: str, num_ranks: int, tokenize
         tokenizer_dir: from ``resolve_tokenizer``.
 
     Raises:
-        JobError: batch and parallel sizes that do not divide.
-        ValueError: a precision recipe that converts nothing.
+        JobError: sizes that do not divide; a recipe or a skip that matches no layer.
     """
     assert job.output_dir is not None
     local_batch, global_batch = batch_sizes(job, num_ranks)
@@ -126,7 +126,10 @@ def _model_spec(job: PretrainJob, device_type: str) -> ModelSpec:
             emulate=job.precision.emulate,
             model_compile_enabled=job.training.compile,
         )
-        spec.model = converter.build().convert(spec.model)
+        try:
+            spec.model = converter.build().convert(spec.model)
+        except ValueError as error:
+            raise JobError(f"precision.{error}") from error
     if device_type == "cpu":
         spec.parallelize_fn = with_plain_sum(spec.parallelize_fn)
         name_parameter_inits(spec.model, job.training.seed)

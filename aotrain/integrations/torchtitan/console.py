@@ -47,6 +47,8 @@ def start_logging(rank: int) -> None:
     stop_logging()
     # torchdata calls a function that torch has deprecated; nothing a user could do about it.
     warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
+    # From torchtitan's way of restoring a schedule; the restored rates are right.
+    warnings.filterwarnings("ignore", message="To get the last learning rate")
     # True, and the reason for weight_init.NamedInit; nothing else in a run draws random numbers into DTensors.
     warnings.filterwarnings("ignore", message="DTensor .* may not have complete support on cpu device mesh")
     root = logging.getLogger()

@@ -84,9 +84,7 @@ def _require_effect(report: Report, unused: Sequence[str], rows: Sequence[Report
     names = ", ".join(row.fqn for row in rows[:6]) + (", ..." if len(rows) > 6 else "")
     if unused:
         raise ValueError(
-            f"precision.skip: {', '.join(map(repr, unused))} matches no linear layer; the model has {names or 'none'}"
+            f"skip: {', '.join(map(repr, unused))} matches no linear layer; the model has {names or 'none'}"
         )
     if not report.converted:
-        raise ValueError(
-            f"precision.recipe {report.title}: no layer was converted. {report.summary()}; remove some skip"
-        )
+        raise ValueError(f"recipe {report.title}: no layer was converted. {report.summary()}; remove some skip")

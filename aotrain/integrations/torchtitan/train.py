@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import logging
+import netrc
 import os
 import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import urlparse
 
 from aotrain.integrations.config_file import JobError
 from aotrain.integrations.torchtitan.job import PretrainJob, load_job
@@ -155,12 +158,21 @@ def _check_wandb(job: PretrainJob) -> None:
     settings = job.metrics.wandb
     if settings is None:
         return
-    try:
-        import wandb
-    except ImportError as error:
-        raise JobError("metrics.wandb: wandb is not installed; pip install wandb, or remove the section") from error
-    if settings.mode == "online" and not wandb.api.api_key:
+    if importlib.util.find_spec("wandb") is None:
+        raise JobError("metrics.wandb: wandb is not installed; pip install wandb, or remove the section")
+    if settings.mode == "online" and not _wandb_account_is_known():
         raise JobError("metrics.wandb: no account is known here; run `wandb login`, or set metrics.wandb.mode=offline")
+
+
+def _wandb_account_is_known() -> bool:
+    """Whether `wandb login` or the environment has left a key; asking wandb itself would go to the network."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 def _wandb_environment(job: PretrainJob) -> None:

@@ -1,0 +1,109 @@
+"""The pretraining job file: defaults, aliases, rules that span keys, and batch arithmetic."""
+
+import pytest
+
+from aotrain.integrations.config_file import ConfigError, JobError
+from aotrain.integrations.torchtitan.job import batch_sizes, load_job
+from aotrain.recipes import RECIPE_ALIASES, RECIPES
+
+from .conftest import CONFIGS
+
+MINIMAL = "model: {size: debug}\ntraining: {steps: 5}\ndata: {global_batch_size: 8}\n"
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load_text(text: str = MINIMAL, *overrides: str):
+        path = tmp_path / "myjob.yaml"
+        path.write_text(text)
+        return load_job(path, overrides)
+
+    return load_text
+
+
+def problem(load, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(MINIMAL, *overrides)
+    (only,) = caught.value.problems
+    return f"{only.key}: {only.message}"
+
+
+def test_output_dir_defaults_to_the_name_of_the_file(load):
+    assert load().output_dir == "runs/myjob"
+
+
+def test_every_recipe_of_the_table_can_be_named(load):
+    for name in [*RECIPES, *RECIPE_ALIASES]:
+        recipe = load(MINIMAL, f"precision.recipe={name}").precision.recipe
+        assert RECIPES[recipe] == RECIPES[RECIPE_ALIASES.get(name, name)]
+
+
+def test_aliases_of_other_toolkits(load):
+    job = load(MINIMAL + "optim: adamw_8bit\nfp8: {recipe_name: rowwise}\n")
+    assert (job.optimizer.name, job.precision.recipe) == ("adamw_8bit", "float8_rowwise")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.global_batch_size=null"], "data.global_batch_size: is missing; give it, or data.batch_size per rank"),
+        (["data.dataset=json"], "data.path: is missing; data.dataset 'json' needs it"),
+        (["data.dataset=hub"], "data.path: is missing; data.dataset 'hub' needs it"),
+        (["data.path=/tmp"], "data.path: is given but data.dataset 'stdlib' does not read it"),
+        (["data.dataset=wikipedia"], "data.dataset: got 'wikipedia' (str), want one of stdlib, c4, hub"),
+        (["precision.emulate=true"], "precision.emulate: is set but precision.recipe is null"),
+        (["precision.recipe=fp8"], "precision.recipe: got 'fp8' (str), want one of float8_tensorwise"),
+        (["tokenizer=gpt2"], "tokenizer: got 'gpt2', but model.size debug has 320 tokens"),
+        (["optimizer.bf16_stochastic_round=true"], "optimizer.bf16_stochastic_round: is not offered by adamw"),
+        (["optimizer.betas=[0.9, 1.5]"], "optimizer.betas: got [0.9, 1.5], want two numbers in [0, 1)"),
+        (["optimizer.lr=0"], "optimizer.lr: got 0 (int), want greater than 0"),
+        (["checkpoint.keep=1"], "checkpoint.keep: got 1, want 0 (keep all) or at least 2"),
+        (["checkpoint.init_from=/tmp"], "checkpoint.init_from: '/tmp' is not a checkpoint"),
+        (["parallelism.dp_shard=0"], "parallelism.dp_shard: got 0, want -1"),
+        (["training.steps=0"], "training.steps: got 0 (int), want greater than or equal to 1"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_each_rule_has_its_message(load, overrides, message):
+    assert problem(load, *overrides).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "num_ranks", "sizes"),
+    [
+        ([], 1, (8, 8)),
+        ([], 2, (4, 8)),
+        (["data.batch_size=2"], 1, (2, 8)),
+        (["data.batch_size=2"], 2, (2, 8)),
+        (["data.global_batch_size=null", "data.batch_size=3"], 4, (3, 12)),
+        (["parallelism.tp=2"], 4, (4, 8)),
+        (["parallelism.dp_replicate=2", "parallelism.dp_shard=2", "parallelism.tp=2"], 8, (2, 8)),
+    ],
+    ids=["one", "two", "accumulate", "two-accumulate", "per-rank", "tp", "hsdp-tp"],
+)
+def test_batch_sizes(load, overrides, num_ranks, sizes):
+    assert batch_sizes(load(MINIMAL, *overrides), num_ranks) == sizes
+
+
+@pytest.mark.parametrize(
+    ("overrides", "num_ranks", "message"),
+    [
+        ([], 3, "data.global_batch_size 8 is no multiple of batch_size x data-parallel ranks = 2 x 3"),
+        ([], 16, "data.global_batch_size 8 is no multiple of batch_size x data-parallel ranks = 1 x 16"),
+        (["parallelism.tp=2"], 3, "dp_replicate 1 x dp_shard -1 x tp 2 does not make 3 ranks"),
+        (["parallelism.dp_shard=2"], 4, "dp_replicate 1 x dp_shard 2 x tp 1 does not make 4 ranks; start 2 ranks"),
+    ],
+    ids=["three", "too-many", "tp", "fixed-shard"],
+)
+def test_layouts_that_do_not_divide(load, overrides, num_ranks, message):
+    with pytest.raises(JobError, match=message.replace("(", r"\(")):
+        batch_sizes(load(MINIMAL, *overrides), num_ranks)
+
+
+def test_the_two_cpu_jobs_differ_only_in_the_recipe():
+    float8 = load_job(CONFIGS / "llama3_debug_float8_rowwise_cpu.yaml").to_dict()
+    bf16 = load_job(CONFIGS / "llama3_debug_bf16_cpu.yaml").to_dict()
+    assert float8["precision"].pop("recipe") == "float8_rowwise"
+    assert bf16["precision"].pop("recipe") is None
+    assert float8.pop("output_dir") != bf16.pop("output_dir")
+    assert float8 == bf16
