@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.stateful import Stateful
 from torchtitan.components.checkpointer import CheckpointManager
 from torchtitan.components.checkpointer.base import MODEL
 
-from aotrain.integrations.torchtitan.checkpoint_check import check_files, check_fits, read_metadata
+from aotrain.integrations.torchtitan.checkpoint_check import CheckpointError, check_files, check_fits, read_metadata
 
 
 class CheckedCheckpoints(CheckpointManager):
@@ -39,7 +40,11 @@ class CheckedCheckpoints(CheckpointManager):
         metadata = read_metadata(folder)
         check_files(folder, metadata)
         check_fits(folder, metadata, _flat(state_dict))
-        dcp.load(state_dict, checkpoint_id=checkpoint_id, planner=_SafeLoadPlanner())
+        try:
+            dcp.load(state_dict, checkpoint_id=checkpoint_id, planner=_SafeLoadPlanner())
+        except CheckpointException as error:
+            reasons = "; ".join(f"rank {rank}: {failure[0]!r}" for rank, failure in sorted(error.failures.items()))
+            raise CheckpointError(f"checkpoint {folder} cannot be loaded: {reasons}") from error
         self.states[MODEL].load_state_dict(state_dict)
 
 

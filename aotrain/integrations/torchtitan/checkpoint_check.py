@@ -108,36 +108,34 @@ def check_fits(folder: Path, metadata: Metadata, wanted: Mapping[str, Any]) -> N
         CheckpointError: naming the first few entries that differ and what that usually means.
     """
     saved = metadata.state_dict_metadata
-    missing = [key for key in wanted if key not in saved]
-    differing = []
+    missing = {key: key for key in wanted if key not in saved}
+    differing = {}
     for key, value in wanted.items():
         entry = saved.get(key)
         if not isinstance(value, torch.Tensor) or not isinstance(entry, TensorStorageMetadata):
             continue
         if tuple(entry.size) != tuple(value.shape) or entry.properties.dtype != value.dtype:
-            differing.append(
+            differing[key] = (
                 f"{key} is {list(entry.size)} {_dtype(entry.properties.dtype)} in the checkpoint, "
                 f"{list(value.shape)} {_dtype(value.dtype)} in this run"
             )
     if not missing and not differing:
         return
-    parts = []
-    if differing:
-        parts.append(f"{len(differing)} entries differ: {_some(differing)}")
-    if missing:
-        parts.append(f"{len(missing)} entries are not in it: {_some(missing)}")
-    model_differs = any(not key.startswith("optimizer.") for key in missing) or any(
-        not text.startswith("optimizer.") for text in differing
-    )
-    what = "of another model" if model_differs else "written with another optimizer"
-    remedy = (
-        "Use the model of the checkpoint, or another output_dir"
-        if model_differs
-        else "Use the optimizer of the checkpoint, or only its weights: checkpoint.init_from in a new output_dir"
-    )
+    # Optimizer state follows the weights, so where weights differ they are the reason, and enough to name.
+    weights = [key for key in (*missing, *differing) if not key.startswith("optimizer.")]
+    if weights:
+        missing, differing = ({k: v for k, v in group.items() if k in weights} for group in (missing, differing))
+    parts = [f"{len(differing)} entries differ: {_some(differing.values())}"] if differing else []
+    parts += [f"{len(missing)} entries are not in it: {_some(missing.values())}"] if missing else []
+    what, remedy = _OTHER_MODEL if weights else _OTHER_OPTIMIZER
     raise CheckpointError(f"checkpoint {folder} was {what}: {'; '.join(parts)}. {remedy}")
 
 
+_OTHER_MODEL = ("of another model", "Use the model of the checkpoint, or another output_dir")
+_OTHER_OPTIMIZER = (
+    "written with another optimizer",
+    "Use the optimizer of the checkpoint, or only its weights: checkpoint.init_from in a new output_dir",
+)
 _REMEDY = "Remove this step's folder to continue from the one before it"
 
 
