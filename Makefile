@@ -1,0 +1,45 @@
+# Everything sets itself up: `make demo` and `make test` work on a machine with nothing but Python 3.11+.
+PYTHON ?= python3
+VENV   ?= .venv
+# Pinned together: each torch release has one triton. `make TORCH=torch==2.15.0 TRITON=triton==3.9.0 ...` for another.
+TORCH  ?= torch==2.13.0
+TRITON ?= triton==3.7.1
+
+BIN := $(VENV)/bin
+# Spinning threads of several processes on few cores are up to 20 times slower than one thread each.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test test-slow check clean
+
+demo: $(VENV)/titan.stamp
+	$(BIN)/python scripts/demo.py
+
+test: $(VENV)/dev.stamp check
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-slow: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -m slow
+
+check: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
+
+clean:
+	rm -rf $(VENV) runs
+
+# torch first and alone: with it in place the other packages do not ask for another build of it.
+$(VENV)/torch.stamp: Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77"
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	touch $@
+
+$(VENV)/titan.stamp: $(VENV)/torch.stamp pyproject.toml
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[titan]"
+	touch $@
+
+$(VENV)/dev.stamp: $(VENV)/torch.stamp pyproject.toml
+	$(BIN)/python -m pip install --quiet $(TRITON)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	touch $@

@@ -1,0 +1,1 @@
+"""The `aotrain` command: thin, no logic of its own."""

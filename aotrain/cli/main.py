@@ -1,0 +1,25 @@
+"""`aotrain COMMAND`: one subcommand per job."""
+
+import sys
+from collections.abc import Sequence
+
+from aotrain.cli.launch import NOT_INSTALLED
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the `aotrain` script; exits with the status of what it ran."""
+    try:
+        import tyro
+    except ImportError:
+        sys.exit(NOT_INSTALLED)
+    from aotrain.cli.curves import curves
+    from aotrain.cli.pretrain import pretrain
+
+    command = tyro.extras.subcommand_cli_from_dict(
+        {"pretrain": pretrain, "curves": curves},
+        prog="aotrain",
+        description="Low-precision training for PyTorch.",
+        args=arguments,
+        config=(tyro.conf.CascadeSubcommandArgs, tyro.conf.FlagCreatePairsOff),
+    )
+    sys.exit(command)
