@@ -8,7 +8,7 @@ time, and the time to draw it on every rank, which is why it is used for the CPU
 
 from __future__ import annotations
 
-import zlib
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -30,13 +30,18 @@ class NamedInit:
     def __call__(self, param: nn.Parameter) -> None:
         full = torch.empty(param.shape, dtype=param.dtype)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed((self.seed << 32) | zlib.crc32(self.name.encode()))
+            torch.manual_seed(_seed_of(self.name, self.seed))
             self.base(full)
         with torch.no_grad():
             if isinstance(param, DTensor):
                 # src_data_rank=None: every rank drew the same tensor, so nothing is sent.
                 full = distribute_tensor(full, param.device_mesh, param.placements, src_data_rank=None)
             param.copy_(full)
+
+
+def _seed_of(name: str, seed: int) -> int:
+    """32 bits from both: torch's CPU generator ignores the upper half of a larger seed."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:4], "little")
 
 
 def name_parameter_inits(model_config: Module.Config, seed: int) -> int:

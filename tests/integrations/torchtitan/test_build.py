@@ -1,0 +1,120 @@
+"""Every shipped job becomes a Trainer.Config; what the config says where torch versions and devices differ."""
+
+from pathlib import Path
+
+import pytest
+from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
+from torchtitan.distributed.activation_checkpoint import SelectiveAC
+from torchtitan.models.common.attention import FlexAttention
+from torchtitan.trainer import Trainer
+
+from aotrain.integrations.config_file import JobError
+from aotrain.integrations.torchtitan import compat
+from aotrain.integrations.torchtitan.attention import DocumentSDPA
+from aotrain.integrations.torchtitan.build import build_config
+from aotrain.integrations.torchtitan.job import load_job
+from aotrain.integrations.torchtitan.linear import Float8Linear
+from aotrain.integrations.torchtitan.models import vocab_size
+from aotrain.integrations.torchtitan.tokenizer import BYTE_VOCAB_SIZE
+
+from .conftest import CONFIGS
+
+# Job file -> ranks and what one of them holds per forward pass.
+SHIPPED = {
+    "llama3_debug_bf16_cpu": (1, 8),
+    "llama3_debug_float8_rowwise_cpu": (1, 8),
+    "llama3_1b_float8_tensorwise_1xh200": (1, 8),
+    "llama3_8b_float8_rowwise_8xh100": (8, 1),
+    "llama3_70b_float8_rowwise_256xh100": (256, 4),
+}
+
+
+def build(name: str, *overrides: str, num_ranks: int = 1, device_type: str | None = None) -> Trainer.Config:
+    job = load_job(CONFIGS / f"{name}.yaml", overrides)
+    device_type = device_type or ("cpu" if name.endswith("cpu") else "cuda")
+    return build_config(job, device_type=device_type, num_ranks=num_ranks, tokenizer_dir=Path("unused"))
+
+
+def test_no_job_is_forgotten():
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(SHIPPED)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_job_builds(name):
+    num_ranks, local_batch = SHIPPED[name]
+    config = build(name, num_ranks=num_ranks)
+    assert config.training.local_batch_size == local_batch
+    recipe = load_job(CONFIGS / f"{name}.yaml").precision.recipe
+    found = {node.recipe for _, node, _, _ in config.model_spec.model.traverse(Float8Linear.Config)}
+    assert found == ({recipe} if recipe else set())
+    assert config.to_dict()["dataloader"]["data"]["dataset"] in ("stdlib", "c4")
+
+
+def test_parameter_counts_are_those_of_the_published_models():
+    import torch
+
+    counts = {}
+    for size in ("debug", "1b", "8b"):
+        config = build("llama3_debug_bf16_cpu", f"model.size={size}", "data.seq_len=64", device_type="cuda")
+        with torch.device("meta"):
+            model = config.model_spec.model.build()
+        counts[size] = sum(p.numel() for p in model.parameters())
+    assert counts == {"debug": 935_040, "1b": 1_235_814_400, "8b": 8_030_261_248}
+
+
+def test_the_debug_vocabulary_holds_the_byte_tokenizer():
+    size = vocab_size(build("llama3_debug_bf16_cpu").model_spec)
+    assert size >= BYTE_VOCAB_SIZE
+    assert size % 64 == 0
+
+
+def test_cpu_and_gpu_choose_their_attention():
+    kinds = {}
+    for device_type in ("cpu", "cuda"):
+        config = build("llama3_debug_bf16_cpu", device_type=device_type)
+        kinds[device_type] = type(config.model_spec.model.layers[0].attention.inner_attention)
+    assert kinds == {"cpu": DocumentSDPA.Config, "cuda": FlexAttention.Config}
+    config = build("llama3_8b_float8_rowwise_8xh100", "model.attention=sdpa", num_ranks=8)
+    assert all(type(layer.attention.inner_attention) is DocumentSDPA.Config for layer in config.model_spec.model.layers)
+
+
+@pytest.mark.parametrize(
+    ("version", "loss", "backend", "attention", "no_graphs"),
+    [
+        ("2.11.0+cu130", CrossEntropyLoss, "partial_dtensor", DocumentSDPA, True),
+        ("2.13.1", ChunkedLossWrapper, "partial_dtensor", FlexAttention, True),
+        ("2.15.0a0+git12", ChunkedLossWrapper, "spmd_types", FlexAttention, False),
+    ],
+    ids=["2.11", "2.13", "2.15"],
+)
+def test_each_torch_gets_what_works_on_it(monkeypatch, version, loss, backend, attention, no_graphs):
+    monkeypatch.setattr("torch.__version__", version)
+    config = build("llama3_8b_float8_rowwise_8xh100", num_ranks=8)
+    assert type(config.loss) is loss.Config
+    assert config.parallelism.spmd_backend == backend
+    assert type(config.model_spec.model.layers[0].attention.inner_attention) is attention.Config
+    assert config.training.disable_cuda_graphs is no_graphs
+    assert isinstance(config.activation_checkpoint, SelectiveAC.Config)
+    assert compat.torch_version() == tuple(map(int, version.split(".")[:2]))
+
+
+def test_shims_add_only_what_is_missing(monkeypatch):
+    import torch
+
+    assert compat.install() == []
+    monkeypatch.delattr(torch.distributed, "set_timeout")
+    monkeypatch.delattr(torch.compiler, "_is_non_strict_tracing", raising=False)
+    monkeypatch.delattr(torch.distributed.fsdp, "DataParallelMeshDims", raising=False)
+    assert compat.install() == [
+        "torch.distributed.set_timeout",
+        "torch.distributed.fsdp.DataParallelMeshDims",
+        "torch.compiler._is_non_strict_tracing",
+    ]
+    dims = torch.distributed.fsdp.DataParallelMeshDims(shard="fsdp", replicate=None)
+    assert dims.shard == "fsdp"
+    assert torch.compiler._is_non_strict_tracing() is False
+
+
+def test_a_skip_that_matches_nothing_is_a_job_error():
+    with pytest.raises(JobError, match=r"precision.skip: 'w9' matches no linear layer"):
+        build("llama3_debug_float8_rowwise_cpu", "precision.skip=[w9]")
