@@ -42,12 +42,13 @@ def quantize(
     """
     if x_hp.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"quantize got {x_hp.dtype}; want float32, bfloat16 or float16: cast the tensor first.")
+    x = x_hp.float()
     if scale is None:
-        scale, inv_scale = scales_from_amax(block_amax(x_hp, scaling.block), scaling)
+        scale, inv_scale = scales_from_amax(block_amax(x, scaling.block), scaling)
     else:
         _check_scale(scale, x_hp, scaling)
         inv_scale = scale_to_float(scale).reciprocal()
-    scaled = x_hp.float() * expand_blocks(inv_scale, x_hp.shape, scaling.block)
+    scaled = x * expand_blocks(inv_scale, x.shape, scaling.block)
     if scaling.rounding == "nearest":
         return ScaledTensor(round_nearest(scaled, scaling.element), scale, scaling)
     if noise is None:
