@@ -24,6 +24,11 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["TRITON_INTERPRET"] = "1"
     # Two threads that spin on a busy machine are 20 times slower than one.
     torch.set_num_threads(1)
+    # Dynamo files torch's functions by identity on first use, which must not happen while torch.empty is replaced. Its
+    # import loads triton, so it comes after the variable above.
+    from torch._dynamo import trace_rules
+
+    trace_rules.get_torch_obj_rule_map()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -1,14 +1,21 @@
-"""scaled_cast: quantize a high-precision matrix; bit-identical to `aotrain.formats.quantize`."""
+"""scaled_cast: quantize a high-precision matrix; bit-identical to `aotrain.formats.quantize`.
+
+On CUDA, rowwise scaling to e4m3fn and e5m2 is one fused Triton kernel; everything else runs the definition itself.
+"""
 
 import torch
 
-from aotrain.formats import ELEMENT_FORMATS, SCALE_FORMATS, ScaledTensor, Scaling, quantize, scale_shape
+from aotrain.formats import ELEMENT_FORMATS, ROWWISE, SCALE_FORMATS, ScaledTensor, Scaling, quantize, scale_shape
+from aotrain.kernels._dispatch import triton_problem, warn_slow
 from aotrain.kernels._library import LIBRARY
 
 LIBRARY.define(
-    "scaled_cast(Tensor x_hp, str element, str scale, int block_rows, int block_columns) -> (Tensor data, Tensor scale)",
+    "scaled_cast(Tensor x_hp, str element, str scale, int block_rows, int block_columns)"
+    " -> (Tensor data, Tensor scale)",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
+
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def scaled_cast(x_hp: torch.Tensor, scaling: Scaling) -> ScaledTensor:
@@ -35,6 +42,36 @@ def _reference(
     return q.data, q.scale
 
 
+def _cuda(
+    x_hp: torch.Tensor, element: str, scale: str, block_rows: int, block_columns: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The Triton kernel where there is one. Tests call it with CPU tensors under Triton's interpreter."""
+    block = (block_rows, block_columns)
+    if x_hp.dim() < 2 or x_hp.dtype not in _KERNEL_DTYPES:
+        return _reference(x_hp, element, scale, *block)  # raises
+    reason = _kernel_gap(element, scale, block) or triton_problem(x_hp.device)
+    if reason is not None:
+        warn_slow("scaled_cast", reason)
+        return _reference(x_hp, element, scale, *block)
+
+    from aotrain.kernels.triton.scaled_cast import scaled_cast_rowwise
+
+    matrix = x_hp.reshape(x_hp.shape[:-1].numel(), x_hp.shape[-1])
+    data, row_scale = scaled_cast_rowwise(matrix, ELEMENT_FORMATS[element], SCALE_FORMATS[scale])
+    return data.view(x_hp.shape), row_scale.view(scale_shape(x_hp.shape, block))
+
+
+def _kernel_gap(element: str, scale: str, block: tuple[int, int]) -> str | None:
+    """What of this scaling the kernel does not do; None when it does all of it."""
+    if block != ROWWISE:
+        return f"there is no kernel for scale blocks of {block} yet"
+    if element not in ("float8_e4m3fn", "float8_e5m2"):
+        return f"there is no kernel for {element} yet"
+    if scale not in ("float32", "float32_pow2"):
+        return f"there is no kernel for {scale} scales yet"
+    return None
+
+
 def _fake(
     x_hp: torch.Tensor, element: str, scale: str, block_rows: int, block_columns: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,4 +81,5 @@ def _fake(
 
 
 LIBRARY.impl("scaled_cast", _reference, "CompositeExplicitAutograd")
+LIBRARY.impl("scaled_cast", _cuda, "CUDA")
 torch.library.register_fake("aotrain::scaled_cast", _fake, lib=LIBRARY)

@@ -1,0 +1,43 @@
+"""What every op's CUDA implementation needs: can Triton run here, and saying so once when it cannot."""
+
+import functools
+import importlib.util
+import warnings
+
+import torch
+
+# The first compute capability that Triton compiles float8 e4m3 for.
+_MIN_CAPABILITY = (8, 9)
+
+
+def triton_problem(device: torch.device) -> str | None:
+    """Why this package's Triton kernels cannot run on the device; None when they can.
+
+    A CPU device has no problem: there the kernels run under Triton's interpreter, which only tests ask for.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    if device.type != "cuda":
+        return None
+    return _cuda_problem(device.index if device.index is not None else torch.cuda.current_device())
+
+
+@functools.lru_cache(maxsize=64)
+def _cuda_problem(index: int) -> str | None:
+    if torch.version.hip is not None:
+        return "the kernels are not tested on ROCm yet"
+    capability = torch.cuda.get_device_capability(index)
+    if capability < _MIN_CAPABILITY:
+        name = torch.cuda.get_device_name(index)
+        return f"{name} has compute capability {capability[0]}.{capability[1]}, float8 kernels need 8.9"
+    return None
+
+
+@functools.lru_cache(maxsize=256)
+def warn_slow(op: str, reason: str) -> None:
+    """Warn, once per op and reason, that a GPU tensor takes the plain-torch implementation."""
+    warnings.warn(
+        f"aotrain::{op} runs its plain PyTorch implementation on this GPU, with the same result but several times "
+        f"slower than a fused kernel: {reason}.",
+        stacklevel=3,
+    )

@@ -1,0 +1,61 @@
+"""Device functions for scales and float8 casts, bit-identical to `aotrain.formats`.
+
+Every conversion and every scale of every kernel goes through this file. The rules that make a GPU give a CPU's bits:
+widen to float32 right after the load, divide with `tl.div_rn`, no fused multiply-add (`enable_fp_fusion=False` at
+launch), no reliance on how an instruction treats NaN or overflow.
+"""
+
+import triton
+import triton.language as tl
+
+# formats.scaling.AMAX_MIN, which rounds to just below 1e-12 in float32.
+_AMAX_MIN = tl.constexpr(1e-12)
+_MAGNITUDE_MASK = tl.constexpr(0x7FFFFFFF)
+_EXPONENT_MASK = tl.constexpr(0x7F800000)
+_NAN_BITS = tl.constexpr(0x7FC00000)
+# The positive quiet NaN of both e4m3fn and e5m2.
+_FLOAT8_NAN_CODE = tl.constexpr(0x7F)
+
+
+@triton.jit
+def magnitude_bits(x):
+    """|x| of a float32 tensor as int32, in the same order, with NaN above infinity.
+
+    Maxima are taken on these bits because floating-point maxima drop NaN on a GPU; integer maxima cost the same.
+    """
+    return x.to(tl.int32, bitcast=True) & _MAGNITUDE_MASK
+
+
+@triton.jit
+def scales_from_amax_bits(
+    amax_bits, ELEMENT_MAX: tl.constexpr, INV_SCALE_MAX: tl.constexpr, POWER_OF_TWO: tl.constexpr
+):
+    """(scale, inv_scale) of blocks whose largest magnitude has the given bits; formats.scales_from_amax for float32.
+
+    The definition is fp32(max / clamp(fp64(amax), 1e-12)). Above the bound one correctly rounded float32 division gives
+    the same bits: rounding a quotient of float32 numbers first to 53 and then to 24 bits equals rounding it once,
+    because 53 >= 2 * 24 + 2 (Figueroa, "When is double rounding innocuous?", 1995). At and below the bound the result
+    is the constant INV_SCALE_MAX = fp32(max / 1e-12).
+    """
+    amax = amax_bits.to(tl.float32, bitcast=True)
+    numerator = tl.full(amax.shape, ELEMENT_MAX, tl.float32)
+    # A NaN fails the comparison and goes through the division.
+    inv_scale = tl.where(amax <= _AMAX_MIN, INV_SCALE_MAX, tl.div_rn(numerator, amax))
+    if POWER_OF_TWO:
+        floored = (inv_scale.to(tl.int32, bitcast=True) & _EXPONENT_MASK).to(tl.float32, bitcast=True)
+        inv_scale = tl.where(amax != amax, amax, floored)
+    reciprocal = tl.div_rn(tl.full(amax.shape, 1.0, tl.float32), inv_scale)
+    scale_bits = tl.where(amax != amax, _NAN_BITS, reciprocal.to(tl.int32, bitcast=True))
+    return scale_bits.to(tl.float32, bitcast=True), inv_scale
+
+
+@triton.jit
+def saturating_cast(x, ELEMENT: tl.constexpr, ELEMENT_MAX: tl.constexpr):
+    """formats.round_nearest for e4m3fn and e5m2: x is float32, the result has the type ELEMENT.
+
+    The clamp ignores NaN and the code of a NaN is stored explicitly, so the result depends on neither the sign of an
+    invalid operation's NaN (negative on x86, positive on a GPU) nor on what the conversion instruction makes of it.
+    """
+    clamped = tl.clamp(x, -ELEMENT_MAX, ELEMENT_MAX)
+    codes = clamped.to(ELEMENT).to(tl.uint8, bitcast=True)
+    return tl.where(x != x, tl.full(x.shape, _FLOAT8_NAN_CODE, tl.uint8), codes).to(ELEMENT, bitcast=True)
