@@ -13,7 +13,7 @@ from torchtitan.components.loss import BaseLoss, ChunkedLossWrapper, CrossEntrop
 from torchtitan.components.optimizer import LRSchedulersContainer
 from torchtitan.config import CommConfig, CompileConfig, ParallelismConfig, TrainingConfig
 from torchtitan.config.configs import DebugConfig
-from torchtitan.distributed.activation_checkpoint import ActivationCheckpointing, FullAC, SelectiveAC
+from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.trainer import Trainer
 
@@ -85,25 +85,8 @@ def build_config(job: PretrainJob, *, device_type: str, num_ranks: int, tokenize
             last_step=job.training.steps,
             dataloader=_dataloader(job, spec, "validation"),
         ),
-        metrics=RunMetrics.Config(
-            log_freq=job.metrics.every,
-            enable_tensorboard=job.metrics.tensorboard,
-            enable_wandb=job.metrics.wandb is not None,
-            disable_color_printing=True,
-            total_steps=job.training.steps,
-            low_precision=job.precision.recipe is not None,
-        ),
-        checkpoint=CheckedCheckpoints.Config(
-            enable=job.checkpoint.enabled,
-            folder=CHECKPOINTS,
-            interval=job.checkpoint.every,
-            keep_latest_k=job.checkpoint.keep,
-            # The last step is a full checkpoint too: a finished run can be continued.
-            last_save_model_only=False,
-            async_mode="async" if job.checkpoint.async_ else "disabled",
-            initial_load_path=os.path.abspath(job.checkpoint.init_from) if job.checkpoint.init_from else None,
-            initial_load_model_only=job.checkpoint.init_from is not None,
-        ),
+        metrics=_metrics(job),
+        checkpoint=_checkpoint(job),
         activation_checkpoint=_activation_checkpoint(job),
         compile=CompileConfig(enable=job.training.compile),
         # The default 100 s between two collectives is short for a checkpoint to slow storage.
@@ -154,6 +137,32 @@ def _dataloader(job: PretrainJob, spec: ModelSpec, split: str) -> TextDataLoader
     )
 
 
-def _activation_checkpoint(job: PretrainJob) -> ActivationCheckpointing.Config | None:
-    choice = job.training.activation_checkpoint
-    return {"none": None, "selective": SelectiveAC.Config(), "full": FullAC.Config()}[choice]
+def _metrics(job: PretrainJob) -> RunMetrics.Config:
+    return RunMetrics.Config(
+        log_freq=job.metrics.every,
+        enable_tensorboard=job.metrics.tensorboard,
+        enable_wandb=job.metrics.wandb is not None,
+        disable_color_printing=True,
+        total_steps=job.training.steps,
+        low_precision=job.precision.recipe is not None,
+    )
+
+
+def _checkpoint(job: PretrainJob) -> CheckedCheckpoints.Config:
+    init_from = job.checkpoint.init_from
+    return CheckedCheckpoints.Config(
+        enable=job.checkpoint.enabled,
+        folder=CHECKPOINTS,
+        interval=job.checkpoint.every,
+        keep_latest_k=job.checkpoint.keep,
+        # The last step is a full checkpoint too: a finished run can be continued.
+        last_save_model_only=False,
+        async_mode="async" if job.checkpoint.async_ else "disabled",
+        initial_load_path=os.path.abspath(init_from) if init_from else None,
+        initial_load_model_only=init_from is not None,
+    )
+
+
+def _activation_checkpoint(job: PretrainJob) -> SelectiveAC.Config | FullAC.Config | None:
+    choices = {"none": None, "selective": SelectiveAC.Config(), "full": FullAC.Config()}
+    return choices[job.training.activation_checkpoint]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Literal
 
 import torch
 import torch.compiler
@@ -40,7 +41,7 @@ def install() -> list[str]:
     return added
 
 
-def spmd_backend() -> str:
+def spmd_backend() -> Literal["partial_dtensor", "spmd_types"]:
     """torchtitan's sharding backend. Its default, spmd_types, needs an FSDP2 that came with torch 2.15."""
     return "spmd_types" if torch_version() >= (2, 15) else "partial_dtensor"
 

@@ -73,8 +73,9 @@ def _matches(fqn: str, pattern: str) -> bool:
     return pattern in fqn or fnmatchcase(fqn, pattern)
 
 
-def _put(parent: Any, attr: str | int | None, new: Linear.Config) -> None:
-    if isinstance(parent, list):
+def _put(parent: Any, attr: Any, new: Linear.Config) -> None:
+    """Set a node of the tree; what ``traverse`` yields is an object and a field, or a list and an index."""
+    if isinstance(attr, int):
         parent[attr] = new
     else:
         setattr(parent, attr, new)

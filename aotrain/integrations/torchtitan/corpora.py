@@ -70,7 +70,9 @@ def load_corpus(data: Data, split: str, seed: int) -> Dataset | IterableDataset:
         raise JobError(
             f"data: no {split} documents in {data.path or data.dataset}; give more text or data.validation_path"
         )
-    return dataset.shuffle(seed=seed)
+    shuffled = dataset.shuffle(seed=seed)
+    assert isinstance(shuffled, Dataset)
+    return shuffled
 
 
 def text_column(data: Data) -> str:
@@ -153,16 +155,19 @@ def _local_rows(data: Data, split: str) -> Dataset:
     assert path is not None
     files = [str(file) for file in _files(path, suffixes)]
     dataset = load_dataset(data.dataset, data_files=files, split="train")
+    assert isinstance(dataset, Dataset)
     _require_column(data, dataset.column_names)
-    dataset = dataset.select_columns([data.text_field])
-    if data.validation_path is not None:
-        return dataset
-    wanted = split == "validation"
-    return dataset.filter(lambda text: _is_held_out(text) == wanted, input_columns=data.text_field)
+    rows = dataset.select_columns([data.text_field])
+    if data.validation_path is None:
+        wanted = split == "validation"
+        rows = rows.filter(lambda text: _is_held_out(text) == wanted, input_columns=data.text_field)
+    assert isinstance(rows, Dataset)
+    return rows
 
 
 def _hub(data: Data, split: str) -> IterableDataset:
     path, config = ("allenai/c4", "en") if data.dataset == "c4" else (data.path, data.hub_config)
+    assert path is not None  # the job's check requires it
     try:
         dataset = load_dataset(path, name=config, split=split, streaming=True)
     except (DatasetNotFoundError, ConnectionError, FileNotFoundError, ValueError, OSError) as error:
@@ -171,6 +176,7 @@ def _hub(data: Data, split: str) -> IterableDataset:
             f"data: cannot stream {path!r} ({split}) from the hub: {reason}. "
             "Check the name and the network, or set data.dataset to stdlib or to local files"
         ) from error
+    assert isinstance(dataset, IterableDataset)
     if dataset.column_names is not None:
         _require_column(data, dataset.column_names)
     return dataset

@@ -123,7 +123,7 @@ class PackedText(IterableDataset, Stateful):
         if isinstance(self._corpus, Dataset):
             corpus = self._corpus if self._epoch == 0 else self._corpus.shuffle(seed=self._seed + self._epoch)
             for index in range(self._document, len(corpus)):
-                yield corpus[index][self._column]
+                yield str(corpus[index][self._column])
             return
         self._corpus.set_epoch(self._epoch)
         if self._stream is not None:
@@ -145,12 +145,12 @@ class PackedText(IterableDataset, Stateful):
             "stream": self._stream,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._epoch = state["epoch"]
-        self._document = state["document"]
-        self._offset = state["offset"]
-        self._count = state["count"]
-        self._stream = state["stream"]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._epoch = state_dict["epoch"]
+        self._document = state_dict["document"]
+        self._offset = state_dict["offset"]
+        self._count = state_dict["count"]
+        self._stream = state_dict["stream"]
 
 
 class TextDataLoader(ParallelAwareDataloader):

@@ -60,15 +60,16 @@ class RunMetrics(MetricsProcessor):
         name = self.device_memory_monitor.device_name
         return any(known in name for known in _KNOWN_PEAKS)
 
-    def _build_metric_logger(self, *, config: Config, dump_folder: str = "./outputs", **kwargs: Any) -> BaseLogger:
-        stock = MetricsProcessor._build_metric_logger(self, config=config, dump_folder=dump_folder, **kwargs)
-        if torch.distributed.get_rank() != _reporting_rank(kwargs["parallel_dims"]):
+    def _build_metric_logger(self, **kwargs: Any) -> BaseLogger:
+        stock = MetricsProcessor._build_metric_logger(self, **kwargs)
+        parallel_dims: ParallelDims = kwargs["parallel_dims"]
+        if torch.distributed.get_rank() != _reporting_rank(parallel_dims):
             return stock
+        total_steps = kwargs["config"].total_steps
         loggers = LoggerContainer()
         loggers.add_logger(stock)
-        loggers.add_logger(
-            RunLogger(Path(dump_folder), total_steps=config.total_steps, world_size=kwargs["parallel_dims"].world_size)
-        )
+        run_dir = Path(kwargs["dump_folder"])
+        loggers.add_logger(RunLogger(run_dir, total_steps=total_steps, world_size=parallel_dims.world_size))
         return loggers
 
 

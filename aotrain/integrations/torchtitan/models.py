@@ -12,7 +12,7 @@ import torch.nn as nn
 from torchtitan.distributed.pipeline_parallel import pipeline_llm
 from torchtitan.models.common import ComplexRoPE, Embedding, Linear, RMSNorm, compute_ffn_hidden_dim
 from torchtitan.models.common.attention import FlexAttention, VarlenAttention
-from torchtitan.models.common.config_utils import make_ffn_config, make_gqa_config
+from torchtitan.models.common.config_utils import decoder_vocab_size, make_ffn_config, make_gqa_config
 from torchtitan.models.common.param_init import depth_scaled_std
 from torchtitan.models.llama3 import model_registry, parallelize_llama
 from torchtitan.models.llama3.model import Llama3Model, Llama3TransformerBlock
@@ -40,6 +40,7 @@ def llama3_spec(size: str, attention: str) -> ModelSpec:
     if attention != "sdpa":
         return model_registry(_STOCK_FLAVORS[size], attn_backend=attention)
     spec = model_registry(_STOCK_FLAVORS[size], attn_backend="varlen")
+    assert isinstance(spec.model, Llama3Model.Config)
     for layer in spec.model.layers:
         layer.attention.inner_attention = DocumentSDPA.Config()
     return spec
@@ -47,7 +48,7 @@ def llama3_spec(size: str, attention: str) -> ModelSpec:
 
 def vocab_size(spec: ModelSpec) -> int:
     """Number of token ids that the model's embedding holds."""
-    return spec.model.vocab_size
+    return decoder_vocab_size(spec)
 
 
 def _debug_spec(attention: str) -> ModelSpec:

@@ -14,13 +14,17 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 
 from aotrain.integrations.torchtitan import compat
 
+if TYPE_CHECKING:
+    from torchtitan.trainer import Trainer
 
-def __getattr__(name: str) -> Callable[[], object]:
+
+def __getattr__(name: str) -> Callable[[], Trainer.Config]:
     """``registry.<model>.<function>`` as a config function; torchtitan looks names up with getattr."""
     model, dot, function = name.partition(".")
     if not dot or name.startswith("_"):
@@ -28,7 +32,7 @@ def __getattr__(name: str) -> Callable[[], object]:
     return lambda: stock_config(model, function)
 
 
-def stock_config(model: str, function: str) -> object:
+def stock_config(model: str, function: str) -> Trainer.Config:
     """Load a stock ``Trainer.Config`` and adapt it.
 
     Args:
@@ -52,7 +56,7 @@ def stock_config(model: str, function: str) -> object:
     return config
 
 
-def adapt(config: object, *, on_cpu: bool) -> None:
+def adapt(config: Trainer.Config, *, on_cpu: bool) -> None:
     """Change, in place, what in a stock ``Trainer.Config`` does not work here.
 
     Args:
@@ -69,7 +73,7 @@ def adapt(config: object, *, on_cpu: bool) -> None:
         _adapt_to_cpu(config)
 
 
-def _adapt_to_cpu(config: object) -> None:
+def _adapt_to_cpu(config: Trainer.Config) -> None:
     from torchtitan.models.common.attention import FlexAttention, VarlenAttention
 
     from aotrain.integrations.torchtitan import cpu
@@ -79,9 +83,10 @@ def _adapt_to_cpu(config: object) -> None:
 
     cpu.install()
     spec = config.model_spec
+    assert spec is not None  # stock configs come with their model
     for kind in (FlexAttention, VarlenAttention):
         for _, node, parent, attr in list(spec.traverse(kind.Config)):
-            if type(node) is kind.Config:
+            if type(node) is kind.Config and isinstance(attr, str):
                 setattr(
                     parent, attr, DocumentSDPA.Config(param_init=node.param_init, sharding_config=node.sharding_config)
                 )

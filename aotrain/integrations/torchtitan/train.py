@@ -19,10 +19,14 @@ import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlparse
 
 from aotrain.integrations.config_file import JobError
 from aotrain.integrations.torchtitan.job import PretrainJob, load_job
+
+if TYPE_CHECKING:
+    from torchtitan.trainer import Trainer
 
 log = logging.getLogger("aotrain.pretrain")
 
@@ -92,7 +96,7 @@ def run(job: PretrainJob) -> Path:
     return run_dir
 
 
-def _train(config: object) -> None:
+def _train(config: Trainer.Config) -> None:
     """Build the trainer, train, and take everything down again, as torchtitan's own entry point does."""
     import torch.distributed as dist
     from torchtitan.observability import structured_logger

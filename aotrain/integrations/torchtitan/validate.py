@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torchtitan.components.validate import Validator
 
@@ -15,5 +16,9 @@ class RunValidator(Validator):
         last_step: int | None = None
         """Length of the run; None: no extra measurement."""
 
+    def __init__(self, config: Config, **kwargs: Any) -> None:
+        Validator.__init__(self, config, **kwargs)
+        self._last_step = config.last_step
+
     def should_validate(self, step: int) -> bool:
-        return step == 1 or step % self.config.freq == 0 or step == self.config.last_step
+        return Validator.should_validate(self, step) or step == self._last_step

@@ -52,7 +52,7 @@ def name_parameter_inits(model_config: Module.Config, seed: int) -> int:
         if config.param_init is None:
             continue
         # A new dict: layers share theirs.
-        named = {}
+        named: dict[str, Callable[..., object]] = {}
         for name, base in config.param_init.items():
             keep = base is skip_param_init or isinstance(base, NamedInit)
             named[name] = base if keep else NamedInit(base=base, name=f"{fqn}.{name}", seed=seed)
