@@ -1,0 +1,132 @@
+"""Run benchmarks and append their rows to a results file.
+
+    python -m benchmarks.run scaled_cast [--out benchmarks/results] [--repeats 50]
+
+Prints and writes, per case, the median and the 10 % and 90 % quantiles of its time, GB/s counting only the bytes that
+must move, and where it ran: GPU or CPU, driver, torch, triton, commit, command. A case whose check fails is not timed,
+and the run exits with an error.
+"""
+
+import argparse
+import csv
+import datetime
+import importlib.metadata
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.registry import BENCHMARKS, Case
+from benchmarks.timing import times_ms
+
+ROOT = Path(__file__).resolve().parent.parent
+COLUMNS = (
+    "date", "case", "shape", "median_ms", "q10_ms", "q90_ms", "gb_per_s", "tflop_per_s", "repeats",
+    "hardware", "driver", "torch", "triton", "commit", "command",
+)  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="+", choices=sorted(BENCHMARKS))
+    default_out = Path(os.environ.get("OUT", ROOT / "benchmarks" / "results"))
+    parser.add_argument("--out", type=Path, default=default_out, help="folder of the results files")
+    parser.add_argument("--repeats", type=int, default=50)
+    options = parser.parse_args(arguments)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    command = shlex.join(["python", "-m", "benchmarks.run", *(sys.argv[1:] if arguments is None else arguments)])
+    where = environment(device) | {"command": command}
+    failures = 0
+    for name in options.names:
+        rows = []
+        for case in BENCHMARKS[name](device):
+            row = measure(case, device, options.repeats)
+            if row is None:
+                failures += 1
+                continue
+            rows.append(row | where)
+            print(f"{row['case']:32} {row['shape']:>14} {row['median_ms']:>9} ms {row['gb_per_s']:>8} GB/s", flush=True)
+        append_rows(options.out / f"{name}.csv", rows)
+    return 1 if failures else 0
+
+
+def measure(case: Case, device: torch.device, repeats: int) -> dict[str, Any] | None:
+    """Row of one case, None when its result is wrong."""
+    try:
+        case.check()
+    except AssertionError as error:
+        print(f"error: {case.name} {case.shape} is wrong and was not timed: {error}", file=sys.stderr)
+        return None
+    times = times_ms(case.run, device, repeats=repeats)
+    median = statistics.median(times)
+    deciles = statistics.quantiles(times, n=10) if len(times) > 1 else [median] * 9
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "case": case.name,
+        "shape": case.shape,
+        "median_ms": f"{median:.4f}",
+        "q10_ms": f"{deciles[0]:.4f}",
+        "q90_ms": f"{deciles[-1]:.4f}",
+        "gb_per_s": f"{case.bytes_moved / median / 1e6:.1f}",
+        "tflop_per_s": f"{case.flops / median / 1e9:.1f}" if case.flops else "",
+        "repeats": repeats,
+    }
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Where a row was measured."""
+    gpu = device.type == "cuda"
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = ""
+    query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    driver = _output(*query).split("\n")[0] if gpu else ""
+    return {
+        "hardware": torch.cuda.get_device_name(device) if gpu else f"{cpu_name()}, {torch.get_num_threads()} thread(s)",
+        "driver": driver,
+        "torch": torch.__version__,
+        "triton": triton,
+        "commit": _output("git", "-C", str(ROOT), "describe", "--always", "--dirty"),
+    }
+
+
+def cpu_name() -> str:
+    """Model name of the processor."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Append rows to a CSV file, with its header when new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

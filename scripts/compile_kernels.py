@@ -1,0 +1,110 @@
+"""Compile every Triton kernel at every shipped configuration for each GPU architecture, without a GPU.
+
+    python scripts/compile_kernels.py [--out benchmarks/results/aot_kernels.csv] [--arch 90 100]
+
+Prints kernel, variant, architecture, registers per thread, spilled bytes and shared memory; fails when a kernel spills
+more than --max-spill bytes per thread (loads and stores together).
+"""
+
+import argparse
+import csv
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+COLUMNS = ("kernel", "variant", "arch", "registers", "spill_bytes", "shared_bytes", "triton")
+
+
+def main() -> int:
+    """Compile and report; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, nargs="+", default=[90, 100], help="compute capabilities, as in sm_90")
+    parser.add_argument("--max-spill", type=int, default=0, help="bytes per thread")
+    parser.add_argument("--out", type=Path, help="CSV file to write")
+    options = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 replaces the compiler by the interpreter; unset it")
+
+    from aotrain.kernels.triton.registry import KERNELS
+
+    rows = [compile_variant(variant, arch) for make in KERNELS for variant in make() for arch in options.arch]
+    print_table(rows)
+    if options.out is not None:
+        write_csv(rows, options.out)
+    spilling = [row for row in rows if row["spill_bytes"] > options.max_spill]
+    for row in spilling:
+        print(f"error: {row['kernel']} {row['variant']} spills {row['spill_bytes']} bytes on sm_{row['arch']}")
+    return 1 if spilling else 0
+
+
+def compile_variant(variant: Any, arch: int) -> dict[str, Any]:
+    """Compile one specialization and read its resource usage from the machine code."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = variant.kernel.arg_names
+    source = ASTSource(
+        variant.kernel,
+        signature={name: variant.signature[name] for name in names},
+        constexprs={(names.index(name),): value for name, value in variant.constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in variant.aligned},
+    )
+    options = {"num_warps": variant.num_warps, **variant.options}
+    kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    registers, spill_bytes = resource_usage(kernel.asm["cubin"])
+    return {
+        "kernel": variant.name,
+        "variant": variant.variant,
+        "arch": arch,
+        "registers": registers,
+        "spill_bytes": spill_bytes,
+        "shared_bytes": kernel.metadata.shared,
+        "triton": triton.__version__,
+    }
+
+
+def resource_usage(cubin: bytes) -> tuple[int, int]:
+    """(registers per thread, stack bytes per thread) of a compiled kernel, from the cuobjdump that triton ships.
+
+    None of our kernels has arrays in local memory, so its stack is what it spills.
+    """
+    import triton
+
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        output = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+)", output), re.search(r"STACK:(\d+)", output)
+    if registers is None or stack is None:
+        raise RuntimeError(f"cuobjdump -res-usage printed no register or stack count:\n{output}")
+    return int(registers[1]), int(stack[1])
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Rows as aligned text."""
+    width = max(len(row["variant"]) for row in rows)
+    print(f"{'kernel':22} {'variant':{width}} {'arch':>5} {'regs':>5} {'spill':>5} {'shared':>6}")
+    for row in rows:
+        print(
+            f"{row['kernel']:22} {row['variant']:{width}} sm_{row['arch']:<3} {row['registers']:>4} "
+            f"{row['spill_bytes']:>5} {row['shared_bytes']:>6}"
+        )
+
+
+def write_csv(rows: list[dict[str, Any]], path: Path) -> None:
+    """Rows as CSV, replacing the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""Every shipped kernel compiles for Hopper and Blackwell on this machine, without spills."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, ROOT / "scripts" / "compile_kernels.py", *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+
+
+def test_all_kernels_compile_without_spills(tmp_path):
+    result = run("--out", tmp_path / "table.csv")
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = list(csv.DictReader((tmp_path / "table.csv").open()))
+    assert {row["arch"] for row in rows} == {"90", "100"}
+    assert all(row["spill_bytes"] == "0" and int(row["registers"]) > 0 for row in rows)
+    recorded = ROOT / "benchmarks" / "results" / "aot_kernels.csv"
+    names = {(row["kernel"], row["variant"], row["arch"]) for row in rows}
+    assert names == {(row["kernel"], row["variant"], row["arch"]) for row in csv.DictReader(recorded.open())}, (
+        "the recorded table is stale; run scripts/compile_kernels.py --out benchmarks/results/aot_kernels.csv"
+    )
+
+
+def test_a_spill_beyond_the_bound_fails():
+    result = run("--arch", 90, "--max-spill", -1)
+    assert result.returncode == 1
+    assert "spills 0 bytes" in result.stdout
+
+
+def test_the_interpreter_is_refused():
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, str(ROOT / "scripts" / "compile_kernels.py")]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert result.returncode == 2
+    assert "unset it" in result.stderr
