@@ -28,11 +28,12 @@ check: $(VENV)/dev.stamp
 clean:
 	rm -rf $(VENV) runs
 
-# torch first and alone: with it in place the other packages do not ask for another build of it.
+# torch and its triton first and alone: with them in place the other packages do not ask for other builds of them.
 $(VENV)/torch.stamp: Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77"
 	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet $(TRITON)
 	touch $@
 
 $(VENV)/titan.stamp: $(VENV)/torch.stamp pyproject.toml
@@ -40,6 +41,5 @@ $(VENV)/titan.stamp: $(VENV)/torch.stamp pyproject.toml
 	touch $@
 
 $(VENV)/dev.stamp: $(VENV)/torch.stamp pyproject.toml
-	$(BIN)/python -m pip install --quiet $(TRITON)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
 	touch $@
