@@ -6,6 +6,7 @@ Trains configs/pretrain/llama3_debug_float8_rowwise_*.yaml and its bfloat16 twin
 each on two CPU cores, and draws runs/demo/curves.png. On a machine with a float8 GPU the same jobs run there.
 """
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,9 @@ def main() -> int:
     device = "cuda" if has_float8_gpu() else "cpu"
     print(f"demo: training {' and '.join(JOBS)} on {device}")
     for label, job in JOBS.items():
+        # A finished run is trained anew; one that was interrupted continues.
+        if (OUTPUT / label / "summary.json").exists():
+            shutil.rmtree(OUTPUT / label)
         status = aotrain(
             "pretrain",
             str(ROOT / "configs" / "pretrain" / f"{job}.yaml"),
