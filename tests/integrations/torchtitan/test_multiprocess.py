@@ -1,9 +1,11 @@
 """Real processes under torchrun: two ranks against one, and a run that is killed.
 
 Two ranks draw the same weights and see the same text as one; what is left is the order of sums (batch parts, gradient
-reduction) in the run's own precision. Bounds on the relative difference of a training loss over the first 6 steps,
-about ten times what was measured: float32 parameters 3e-6, bfloat16 1e-4, float8 3e-4 (a value that crosses a rounding
-boundary of a coarser format moves further).
+reduction) in the run's own precision. Largest relative difference of a training loss over the first 6 steps of these
+runs, as measured: float32 parameters 2.1e-7, bfloat16 2.5e-4, float8 rowwise 1.0e-4, float8 rowwise with tensor
+parallelism 2.0e-4. The bounds are about ten times that: a value on a rounding boundary may fall the other way on
+another machine. Differences grow with training: over 200 steps of the float8 demo job they reach 1.3e-2 in single
+losses, and 1.2e-3 in the final validation loss.
 """
 
 import json
@@ -59,7 +61,7 @@ def train_losses(run_dir: Path) -> list[float]:
 @pytest.mark.parametrize(
     ("config", "overrides", "bound"),
     [
-        ("llama3_debug_bf16_cpu", ["precision.param_dtype=float32"], 3e-5),
+        ("llama3_debug_bf16_cpu", ["precision.param_dtype=float32"], 3e-6),
         ("llama3_debug_float8_rowwise_cpu", ["parallelism.tp=2"], 3e-3),
     ],
     ids=["fsdp-fp32", "tp-float8"],
