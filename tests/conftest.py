@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._device import _device_constructors
 
 _FLOAT8_NAN_CODE = 0x7F
 
@@ -24,11 +25,13 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["TRITON_INTERPRET"] = "1"
     # Two threads that spin on a busy machine are 20 times slower than one.
     torch.set_num_threads(1)
-    # Dynamo files torch's functions by identity on first use, which must not happen while torch.empty is replaced. Its
-    # import loads triton, so it comes after the variable above.
+    # Two tables of torch functions are made on first use, which must not happen while torch.empty is replaced:
+    # Dynamo's, whose import loads triton and so comes after the variable above, and the one behind
+    # `with torch.device("meta")`, without which meta models would be allocated for real.
     from torch._dynamo import trace_rules
 
     trace_rules.get_torch_obj_rule_map()
+    _device_constructors()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

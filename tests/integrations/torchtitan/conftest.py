@@ -9,17 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._device import _device_constructors
 
 from aotrain.integrations.torchtitan import compat
 from aotrain.integrations.torchtitan.job import PretrainJob, load_job
 from aotrain.integrations.torchtitan.metrics_file import read_rows
 
 compat.install()
-
-# `with torch.device("meta")` remembers, at its first use, which functions take a device. It has to see the real
-# torch.empty, not the poisoned one of a test, or models would be allocated for real.
-_device_constructors()
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "pretrain"
 
