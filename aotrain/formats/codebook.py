@@ -1,17 +1,21 @@
-"""Dynamic 8-bit codebooks for optimizer state: a log-spaced map with linear steps inside each decade.
+"""Codebooks for optimizer state: 8-bit and 4-bit maps from codes to values in [-1, 1] or [0, 1].
 
-A code stands for a value in [-1, 1] (signed) or [0, 1] (unsigned); a block of state is `value * scale` with the block's
-largest magnitude as scale. The largest code is 1.0, one code is 0, and decade d (0 the smallest of 7) holds n_d = 2^d
-steps per sign (signed) or 2^(d+1) steps (unsigned):
+A block of state is `value * scale` with the block's largest magnitude as scale.
 
-    value(d, k) = A_d + k * B_d      A_d = 10^(d-6) * (0.1 + 0.45 / n_d)      B_d = 10^(d-6) * 0.9 / n_d
+**Dynamic maps** (8-bit, and 4-bit signed) are log-spaced with linear steps inside each of D decades, D = 7 for 8 bits
+and 3 for 4 bits. The largest code is 1.0, one code is 0, and decade d (0 the smallest) holds n_d = 2^d steps per sign
+(signed) or 2^(d+1) steps (unsigned):
+
+    value(d, k) = A_d + k * B_d      A_d = 10^(d-D+1) * (0.1 + 0.45 / n_d)      B_d = 10^(d-D+1) * 0.9 / n_d
 
 A_d and B_d are float32 constants, the product and the sum are each rounded to float32. That makes the whole table
 computable without a table, with two instructions, and with the same bits in torch, Triton and C++.
 
-Source: Dettmers et al., "8-bit Optimizers via Block-wise Quantization", ICLR 2022, section 2.2. The values agree with
-bitsandbytes' and torchao's maps to float32 rounding and the codes have the same order, so their checkpoints convert by
-copying codes.
+**The 4-bit unsigned map** is linear without a zero, (code + 1) / 16: a second moment of zero would divide by eps.
+
+Sources: Dettmers et al., "8-bit Optimizers via Block-wise Quantization", ICLR 2022, section 2.2; Li et al., "Memory
+Efficient Optimizers with 4-bit States", NeurIPS 2023, section 4. The values agree with bitsandbytes' and torchao's maps
+to float32 rounding and the codes have the same order, so their checkpoints convert by copying codes.
 """
 
 from functools import lru_cache
@@ -19,16 +23,19 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-_DECADES = 7
+_DECADES_OF_BITS = {8: 7, 4: 3}
 
 
 @lru_cache(maxsize=16)
-def dynamic_codebook(signed: bool, device: torch.device) -> torch.Tensor:
-    """The 256 code values in ascending order, float32 [256]. Cached and shared: do not modify."""
+def dynamic_codebook(signed: bool, device: torch.device, bits: int = 8) -> torch.Tensor:
+    """The code values in ascending order, float32 [2^bits]. Cached and shared: do not modify."""
+    if bits == 4 and not signed:
+        return (torch.arange(1, 17, dtype=torch.float32) / 16).to(device)
+    num_decades = _DECADES_OF_BITS[bits]
     decades = []
-    for decade in range(_DECADES):
+    for decade in range(num_decades):
         steps = 2**decade if signed else 2 ** (decade + 1)
-        unit = 10.0 ** (decade - 6)
+        unit = 10.0 ** (decade - num_decades + 1)
         offset, stride = np.float32(unit * (0.1 + 0.45 / steps)), np.float32(unit * 0.9 / steps)
         decades.append(offset + np.arange(steps, dtype=np.float32) * stride)
     positive = np.concatenate(decades)
@@ -38,13 +45,13 @@ def dynamic_codebook(signed: bool, device: torch.device) -> torch.Tensor:
 
 
 @lru_cache(maxsize=16)
-def _boundaries(signed: bool, device: torch.device) -> torch.Tensor:
-    """Midpoints between neighbouring codes, float32 [255]: fp32(0.5 * fp32(lower + upper))."""
-    values = dynamic_codebook(signed, device)
+def _boundaries(signed: bool, device: torch.device, bits: int) -> torch.Tensor:
+    """Midpoints between neighbouring codes, float32 [2^bits - 1]: fp32(0.5 * fp32(lower + upper))."""
+    values = dynamic_codebook(signed, device, bits)
     return (values[:-1] + values[1:]) * 0.5
 
 
-def encode_dynamic(x: torch.Tensor, signed: bool) -> torch.Tensor:
+def encode_dynamic(x: torch.Tensor, signed: bool, bits: int = 8) -> torch.Tensor:
     """Nearest code of each value: the number of midpoints <= x, so that ties go to the larger value.
 
     Values outside the map's range take the outermost code; NaN takes the largest (the block's scale carries the NaN).
@@ -53,11 +60,26 @@ def encode_dynamic(x: torch.Tensor, signed: bool) -> torch.Tensor:
         x: float32 of any shape, state divided by its block's scale.
 
     Returns:
-        uint8 tensor of x's shape.
+        uint8 tensor of x's shape, one code per byte.
     """
-    return torch.bucketize(x, _boundaries(signed, x.device), right=True).to(torch.uint8)
+    return torch.bucketize(x, _boundaries(signed, x.device, bits), right=True).to(torch.uint8)
 
 
-def decode_dynamic(codes: torch.Tensor, signed: bool) -> torch.Tensor:
+def decode_dynamic(codes: torch.Tensor, signed: bool, bits: int = 8) -> torch.Tensor:
     """float32 values of uint8 codes, same shape."""
-    return dynamic_codebook(signed, codes.device)[codes.long()]
+    return dynamic_codebook(signed, codes.device, bits)[codes.long()]
+
+
+def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
+    """Two 4-bit codes per byte along the last dimension, the even element in the high half; uint8 [..., ceil(n / 2)].
+
+    An odd length is padded with code 0.
+    """
+    if codes.shape[-1] % 2:
+        codes = torch.nn.functional.pad(codes, (0, 1))
+    return (codes[..., ::2] << 4) | codes[..., 1::2]
+
+
+def unpack_nibbles(packed: torch.Tensor, length: int) -> torch.Tensor:
+    """The first `length` codes along the last dimension of what `pack_nibbles` returned; uint8 [..., length]."""
+    return torch.stack([packed >> 4, packed & 0xF], dim=-1).flatten(-2)[..., :length]

@@ -1,5 +1,26 @@
 """Optimizers with low-bit state: drop-in replacements for `torch.optim.AdamW`."""
 
-from aotrain.optim.adam import AdamW8bit
+from aotrain.optim.adam import (
+    Adam4bit,
+    Adam8bit,
+    Adam32bit,
+    AdamFp8,
+    AdamW4bit,
+    AdamW8bit,
+    AdamW32bit,
+    AdamWFp8,
+)
 
-__all__ = ["AdamW8bit"]
+# The name that float32 AdamW with stochastic rounding has elsewhere.
+_AdamW = AdamW32bit
+
+__all__ = [
+    "Adam4bit",
+    "Adam8bit",
+    "Adam32bit",
+    "AdamFp8",
+    "AdamW4bit",
+    "AdamW8bit",
+    "AdamW32bit",
+    "AdamWFp8",
+]

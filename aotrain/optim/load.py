@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from aotrain.optim.sharding import is_dtensor
-from aotrain.optim.state import adam_moments
+from aotrain.optim.state import group_moments
 
 
 def load_state(
@@ -37,8 +37,13 @@ def load_state(
     saved_options = [group for group in saved_groups for _ in group["params"]]
     loaded: dict[torch.Tensor, dict[str, Any]] = {}
     for index, (param, group), saved_group in zip(saved_ids, options, saved_options, strict=True):
+        label = _label(group, param, index)
+        if saved_group.get("bits", group["bits"]) != group["bits"]:
+            raise ValueError(
+                f"Optimizer state of {label} has bits={saved_group['bits']!r}, this optimizer has bits="
+                f"{group['bits']!r}; convert it with aotrain.optim.convert_state, or use the optimizer that wrote it."
+            )
         if index in state_dict["state"]:
-            label = _label(group, param, index)
             # The saved options say how the saved state is laid out; they replace the current ones.
             loaded[param] = _checked(label, param, group | saved_group, state_dict["state"][index])
     load_groups({**state_dict, "state": {}})
@@ -46,12 +51,12 @@ def load_state(
 
 
 def _checked(label: str, param: torch.Tensor, group: dict[str, Any], saved: dict[str, Any]) -> dict[str, torch.Tensor]:
-    moments = adam_moments(param, block_size=group["block_size"], amsgrad=group["amsgrad"])
+    moments = group_moments(param, group)
     want = {"step"} | {key for moment in moments for key in moment.keys}
     if set(saved) != want:
         raise ValueError(
             f"Optimizer state of {label} has keys {sorted(saved)}, want {sorted(want)}; it was written by another "
-            "optimizer or for a parameter of another shape."
+            "optimizer (aotrain.optim.convert_state converts it) or for a parameter of another shape."
         )
     expected = {key: value for moment in moments for key, value in moment.init(param).items()}
     result = {"step": torch.as_tensor(saved["step"], dtype=torch.float32).cpu().clone()}

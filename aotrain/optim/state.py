@@ -2,8 +2,8 @@
 
 A quantized moment of a parameter [d0, d1, ...], with rows of R = d1 * d2 * ... elements, is two plain tensors:
 
-    {name}_codes  uint8    [d0, d1, ...]           the parameter's own shape
-    {name}_scale  float32  [d0, ceil(R / block)]   largest magnitude of each block
+    {name}_codes  uint8 or float8  [d0, d1, ...]          the parameter's own shape; 4 bits: [d0, ceil(R / 2)]
+    {name}_scale  float32          [d0, ceil(R / block)]  largest magnitude of each block; float8: divided by 448
 
 Blocks lie along rows and never cross dimension 0; the last block of a row is shorter when `block` does not divide R.
 Any split along dimension 0 therefore cuts codes and scales at the same rows, so a checkpoint moves between world sizes
@@ -14,12 +14,15 @@ world sizes, agree.
 """
 
 import math
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from aotrain.formats.codebook import decode_dynamic, encode_dynamic
+from aotrain.formats import FLOAT8_E4M3, round_nearest
+from aotrain.formats.codebook import decode_dynamic, encode_dynamic, pack_nibbles, unpack_nibbles
 from aotrain.formats.scaling import AMAX_MIN, block_amax, expand_blocks
 from aotrain.optim.sharding import even_inner_shards, local_of, shard_like
 
@@ -29,7 +32,7 @@ MIN_QUANTIZED_ROW = 64
 
 
 def is_quantized(param: torch.Tensor) -> bool:
-    """Whether the moments of this parameter are stored in 8 bits.
+    """Whether the moments of this parameter are stored in a low-bit format, if its group asks for one.
 
     Vectors (norms, biases), matrices of fewer than 4096 elements and rows shorter than 64 stay in float32: they are a
     negligible share of the memory and the most sensitive to rounding.
@@ -59,8 +62,8 @@ class Float32Moment:
         """Zero state; sharded like the parameter."""
         return {self.name: torch.zeros_like(param, dtype=torch.float32, memory_format=torch.contiguous_format)}
 
-    def read(self, state: dict[str, torch.Tensor]) -> torch.Tensor:
-        """This rank's values, float32, in the local shape of the parameter."""
+    def read(self, state: dict[str, torch.Tensor], local: torch.Tensor) -> torch.Tensor:
+        """This rank's values, float32, in the shape of `local`, the parameter's part on this rank."""
         return local_of(state[self.name])
 
     def write(self, state: dict[str, torch.Tensor], value: torch.Tensor) -> None:
@@ -69,8 +72,8 @@ class Float32Moment:
 
 
 @dataclass(frozen=True, slots=True)
-class Dynamic8bitMoment:
-    """A moment stored as 8-bit dynamic codes with a float32 scale per block.
+class BlockMoment(ABC):
+    """A moment stored as codes with a float32 scale per block; subclasses say what a code is.
 
     Attributes:
         name: prefix of the state keys.
@@ -88,40 +91,126 @@ class Dynamic8bitMoment:
         return (f"{self.name}_codes", f"{self.name}_scale")
 
     def init(self, param: torch.Tensor) -> dict[str, torch.Tensor]:
-        """State that decodes to zero; both tensors sharded like the parameter."""
+        """State that decodes to (nearly) zero; both tensors sharded like the parameter."""
         local = local_of(param)
         zeros = torch.zeros(local.shape, dtype=torch.float32, device=local.device)
-        codes, scale = self._encode(zeros)
+        codes, scale = self.encode(zeros)
         codes_key, scale_key = self.keys
         return {codes_key: shard_like(param, codes), scale_key: shard_like(param, scale)}
 
-    def read(self, state: dict[str, torch.Tensor]) -> torch.Tensor:
-        """This rank's values, float32, in the local shape of the parameter."""
+    def read(self, state: dict[str, torch.Tensor], local: torch.Tensor) -> torch.Tensor:
+        """This rank's values, float32, in the shape of `local`, the parameter's part on this rank."""
         codes, scale = (local_of(state[key]) for key in self.keys)
-        rows = decode_dynamic(codes, self.signed).view(codes.shape[0], row_length(codes.shape))
-        return (rows * expand_blocks(scale, rows.shape, (1, self.block_size))).view(codes.shape)
+        return self.decode(codes, scale, local.shape)
 
     def write(self, state: dict[str, torch.Tensor], value: torch.Tensor) -> None:
         """Quantize and store float32 values of the local shape."""
-        for key, encoded in zip(self.keys, self._encode(value), strict=True):
+        for key, encoded in zip(self.keys, self.encode(value), strict=True):
             local_of(state[key]).copy_(encoded)
 
-    def _encode(self, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(self, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(codes, scale) of float32 values [d0, ...]."""
         rows = value.reshape(value.shape[0], row_length(value.shape))
         block = (1, self.block_size)
-        scale = block_amax(rows, block).clamp(min=AMAX_MIN)  # [d0, ceil(R / block)]
-        codes = encode_dynamic(rows / expand_blocks(scale, rows.shape, block), self.signed)
-        return codes.view(value.shape), scale
+        scale = self._scale(block_amax(rows, block).clamp(min=AMAX_MIN))  # [d0, ceil(R / block)]
+        codes = self._encode(rows / expand_blocks(scale, rows.shape, block))
+        return codes.view(self.codes_shape(value.shape)), scale
+
+    def decode(self, codes: torch.Tensor, scale: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        """float32 values of the given shape."""
+        rows = (shape[0], row_length(shape))
+        values = self._decode(codes.reshape(shape[0], row_length(codes.shape)), rows[1])
+        return (values * expand_blocks(scale, rows, (1, self.block_size))).view(shape)
+
+    def codes_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape of the codes of values [d0, ...]."""
+        return tuple(shape)
+
+    def _scale(self, amax: torch.Tensor) -> torch.Tensor:
+        return amax
+
+    @abstractmethod
+    def _encode(self, rows: torch.Tensor) -> torch.Tensor:
+        """Codes of scaled values [d0, R]."""
+
+    @abstractmethod
+    def _decode(self, codes: torch.Tensor, length: int) -> torch.Tensor:
+        """Scaled values, float32 [d0, length]."""
 
 
-Moment = Float32Moment | Dynamic8bitMoment
+@dataclass(frozen=True, slots=True)
+class Dynamic8bitMoment(BlockMoment):
+    """One byte per value: a code of the 8-bit dynamic map."""
+
+    def _encode(self, rows: torch.Tensor) -> torch.Tensor:
+        return encode_dynamic(rows, self.signed)
+
+    def _decode(self, codes: torch.Tensor, length: int) -> torch.Tensor:
+        return decode_dynamic(codes, self.signed)
 
 
-def adam_moments(param: torch.Tensor, *, block_size: int, amsgrad: bool) -> tuple[Moment, ...]:
+@dataclass(frozen=True, slots=True)
+class Dynamic4bitMoment(BlockMoment):
+    """Half a byte per value: codes of the 4-bit maps, two per byte along a row; codes are uint8 [d0, ceil(R / 2)]."""
+
+    def codes_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Rows of packed codes."""
+        return (shape[0], -(-row_length(shape) // 2))
+
+    def _encode(self, rows: torch.Tensor) -> torch.Tensor:
+        return pack_nibbles(encode_dynamic(rows, self.signed, bits=4))
+
+    def _decode(self, codes: torch.Tensor, length: int) -> torch.Tensor:
+        return decode_dynamic(unpack_nibbles(codes, length), self.signed, bits=4)
+
+
+@dataclass(frozen=True, slots=True)
+class Float8Moment(BlockMoment):
+    """One byte per value: float8 e4m3, scaled so that a block's largest magnitude is the format's maximum."""
+
+    def _scale(self, amax: torch.Tensor) -> torch.Tensor:
+        return amax / torch.full_like(amax, FLOAT8_E4M3.max)
+
+    def _encode(self, rows: torch.Tensor) -> torch.Tensor:
+        return round_nearest(rows, FLOAT8_E4M3)
+
+    def _decode(self, codes: torch.Tensor, length: int) -> torch.Tensor:
+        return codes.float()
+
+
+Moment = Float32Moment | BlockMoment
+
+# What the `bits` of a parameter group may be, and the format it means; 32 keeps float32 moments.
+STATE_FORMATS: dict[int | str, type[BlockMoment] | None] = {
+    8: Dynamic8bitMoment,
+    4: Dynamic4bitMoment,
+    "fp8": Float8Moment,
+    32: None,
+}
+
+# Elements per scale where none is given, as in the other optimizers of each format.
+DEFAULT_BLOCK_SIZE: dict[int | str, int] = {8: 256, 4: 128, "fp8": 256, 32: 256}
+
+
+def check_bits(bits: Any) -> int | str:
+    """A valid `bits` option, given as a number or a string; ValueError listing the valid ones otherwise."""
+    value = int(bits) if isinstance(bits, str) and bits.isdigit() else bits
+    if value not in STATE_FORMATS:
+        raise ValueError(f"Invalid bits: {bits!r}; want one of {', '.join(map(repr, STATE_FORMATS))}.")
+    return value
+
+
+def group_moments(param: torch.Tensor, group: Mapping[str, Any]) -> tuple[Moment, ...]:
+    """The moments Adam keeps for a parameter of this parameter group."""
+    return adam_moments(param, block_size=group["block_size"], amsgrad=group["amsgrad"], bits=group["bits"])
+
+
+def adam_moments(param: torch.Tensor, *, block_size: int, amsgrad: bool, bits: int | str = 8) -> tuple[Moment, ...]:
     """The moments Adam keeps for this parameter: exp_avg, exp_avg_sq and, for amsgrad, max_exp_avg_sq."""
     signed_by_name = {"exp_avg": True, "exp_avg_sq": False}
     if amsgrad:
         signed_by_name["max_exp_avg_sq"] = False
-    if is_quantized(param):
-        return tuple(Dynamic8bitMoment(name, signed, block_size) for name, signed in signed_by_name.items())
+    block_moment = STATE_FORMATS[bits]
+    if block_moment is not None and is_quantized(param):
+        return tuple(block_moment(name, signed, block_size) for name, signed in signed_by_name.items())
     return tuple(Float32Moment(name) for name in signed_by_name)
