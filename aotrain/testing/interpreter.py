@@ -12,6 +12,7 @@ their bit patterns. `corrected_interpreter()` replaces the few functions that ar
 | `binary_op`, `ternary_op`, `unary_op`, `create_fma` | bfloat16 operands compute in float32 and round once        |
 | `create_dot`                                        | bfloat16 operands are widened to float32                   |
 | `ReduceScanOpInterface.check_tensor`                | reductions of bfloat16 raise: upcast first, as kernels must |
+| `_patch_lang_tensor`                                | sizes passed to a kernel work in `range` (3.6.0, numpy 2.4) |
 
 Not covered: atomics on bfloat16 and rounding modes other than nearest-even (raises).
 `tests/testing/test_interpreter.py` fails when a Triton release no longer needs one of these replacements.
@@ -56,6 +57,7 @@ def corrected_interpreter() -> Iterator[None]:
         (builder, "create_fma", _in_float32(builder.create_fma, num_operands=3)),
         (builder, "create_dot", _dot_in_float32(builder.create_dot)),
         (interpreter.ReduceScanOpInterface, "check_tensor", _reject_bfloat16),
+        (interpreter, "_patch_lang_tensor", _with_index(interpreter._patch_lang_tensor)),
     ]
     originals = [(owner, name, getattr(owner, name)) for owner, name, _ in replacements]
     try:
@@ -130,6 +132,15 @@ def _reject_bfloat16(self: Any, inputs: tuple[Any, ...]) -> None:
         if x.dtype.scalar == tl.bfloat16:
             raise ValueError("The interpreter cannot reduce or scan bfloat16: convert the tensor to float32 first.")
         self.check_axis(x.shape, self.axis)
+
+
+def _with_index(stock: Callable[..., None]) -> Callable[..., None]:
+    def patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        stock(tensor, scope)
+        # Triton 3.6.0 calls int() on an array of one dimension, an error since numpy 2.4.
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    return patch_lang_tensor
 
 
 def _is_bfloat16(handle: Any) -> bool:
