@@ -81,6 +81,6 @@ def _rowwise(
         kernel=scaled_cast._scaled_cast_rowwise_kernel,
         signature=pointers | sizes | dict.fromkeys(constants, "constexpr"),
         constants=constants,
-        aligned=(*pointers, *(name for name in sizes if name != "M")),
+        aligned=(*pointers, *sizes),
         num_warps=config.num_warps,
     )
