@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-COLUMNS = ("kernel", "variant", "arch", "registers", "spill_bytes", "shared_bytes", "triton")
+COLUMNS = ("kernel", "variant", "arch", "registers", "spill_bytes", "shared_bytes", "triton", "commit")
 
 
 def main() -> int:
@@ -31,7 +31,8 @@ def main() -> int:
 
     from aotrain.kernels.triton.registry import KERNELS
 
-    rows = [compile_variant(variant, arch) for make in KERNELS for variant in make() for arch in options.arch]
+    commit = {"commit": source_commit()}
+    rows = [compile_variant(variant, arch) | commit for make in KERNELS for variant in make() for arch in options.arch]
     print_table(rows)
     if options.out is not None:
         write_csv(rows, options.out)
@@ -84,6 +85,15 @@ def resource_usage(cubin: bytes) -> tuple[int, int]:
     if registers is None or stack is None:
         raise RuntimeError(f"cuobjdump -res-usage printed no register or stack count:\n{output}")
     return int(registers[1]), int(stack[1])
+
+
+def source_commit() -> str:
+    """The checkout that was compiled, marked when it has changes."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
