@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # On a machine with a GPU: GPU tests, then benchmarks, most valuable first, within LIMIT seconds. Started again with the
-# same OUT it skips the stages that passed.
+# same OUT and the same commit it skips the stages that passed.
 #
 #     OUT=benchmarks/results scripts/gpu_check.sh
 set -uo pipefail
@@ -10,17 +10,18 @@ LIMIT=${LIMIT:-570}
 PYTHON=${PYTHON:-python3}
 export OUT PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 mkdir -p "$OUT"
+COMMIT=$(git describe --always --dirty --exclude='*' 2>/dev/null || echo unknown)
 failed=0
 
 stage() { # name, command...
   local name=$1 left=$((LIMIT - SECONDS)) status
   shift
-  if grep -qsx "$name passed" "$OUT/gpu_check.log"; then echo "== $name: passed before"; return; fi
+  if grep -qsx "$name passed at $COMMIT" "$OUT/gpu_check.log"; then echo "== $name: passed before"; return; fi
   if [ "$left" -lt 15 ]; then echo "== $name: no time left, run again"; failed=1; return; fi
   echo "== $name ($left s left)"
   timeout "$left" "$@"
   status=$?
-  [ $status -eq 0 ] && echo "$name passed" >>"$OUT/gpu_check.log" || { echo "== $name: FAILED ($status)"; failed=1; }
+  [ $status -eq 0 ] && echo "$name passed at $COMMIT" >>"$OUT/gpu_check.log" || { echo "== $name: FAILED ($status)"; failed=1; }
 }
 
 stage environment "$PYTHON" -c 'import torch; assert torch.cuda.is_available(), "no GPU"; print(torch.__version__, torch.cuda.get_device_name())'
