@@ -1,9 +1,16 @@
-"""The dynamic 8-bit maps: published construction, order, nearest rule by brute force."""
+"""The 8-bit and 4-bit maps: published construction, order, nearest rule by brute force, packing."""
 
 import pytest
 import torch
 
-from aotrain.formats.codebook import decode_dynamic, dynamic_codebook, encode_dynamic
+from aotrain.formats.codebook import (
+    decode_dynamic,
+    dynamic_codebook,
+    encode_dynamic,
+    pack_nibbles,
+    unpack_nibbles,
+)
+from aotrain.testing import assert_bitwise_equal
 
 CPU = torch.device("cpu")
 
@@ -47,6 +54,35 @@ def test_encode_is_the_nearest_code(signed: bool):
     best = (x.double()[:, None] - values).abs().amin(dim=1)
     # Equal up to the rounding of the float32 midpoint.
     assert bool(((x.double() - chosen).abs() <= best + x.double().abs() * 2.0**-23).all())
+
+
+def test_four_bit_maps_are_the_published_ones():
+    signed = [0.0055, 0.0325, 0.0775, 0.2125, 0.4375, 0.6625, 0.8875]
+    want = [-value for value in reversed(signed)] + [0.0, *signed, 1.0]
+    assert dynamic_codebook(True, CPU, 4).tolist() == pytest.approx(want, rel=2.0**-22)
+    assert dynamic_codebook(False, CPU, 4).tolist() == [k / 16 for k in range(1, 17)]
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_four_bit_encode_is_the_nearest_code(signed: bool):
+    values = dynamic_codebook(signed, CPU, 4).double()
+    x = torch.cat([torch.linspace(-1.1, 1.1, 5001), torch.randn(5000) * 0.05])
+    x = x if signed else x.abs()
+    codes = encode_dynamic(x, signed, bits=4)
+    assert codes.max() <= 15
+    best = (x.double()[:, None] - values).abs().amin(dim=1)
+    assert bool(((x.double() - values[codes.long()]).abs() <= best + x.double().abs() * 2.0**-23).all())
+    assert torch.equal(encode_dynamic(decode_dynamic(codes, signed, bits=4), signed, bits=4), codes)
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 7, 64])
+def test_nibbles_round_trip_with_the_even_element_on_top(length: int):
+    codes = torch.randint(0, 16, (3, length), dtype=torch.uint8)
+    packed = pack_nibbles(codes)
+    assert packed.shape == (3, (length + 1) // 2)
+    assert_bitwise_equal(unpack_nibbles(packed, length), codes)
+    if length > 1:
+        assert packed[0, 0] == codes[0, 0] * 16 + codes[0, 1]
 
 
 def test_ties_go_up():
