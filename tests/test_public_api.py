@@ -37,7 +37,18 @@ PUBLIC = {
         "unconvert",
     ],
     "aotrain.ops": ["scaled_linear"],
-    "aotrain.optim": ["AdamW8bit"],
+    "aotrain.optim": [
+        "Adam4bit",
+        "Adam8bit",
+        "Adam32bit",
+        "AdamFp8",
+        "AdamW4bit",
+        "AdamW8bit",
+        "AdamW32bit",
+        "AdamWFp8",
+        "convert_state",
+        "precision_groups",
+    ],
     "aotrain.kernels": ["native_scaled_mm_problem", "scaled_cast", "scaled_mm"],
 }
 

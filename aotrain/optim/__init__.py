@@ -10,6 +10,8 @@ from aotrain.optim.adam import (
     AdamW32bit,
     AdamWFp8,
 )
+from aotrain.optim.convert import convert_state
+from aotrain.optim.groups import precision_groups
 
 # The name that float32 AdamW with stochastic rounding has elsewhere.
 _AdamW = AdamW32bit
@@ -23,4 +25,6 @@ __all__ = [
     "AdamW8bit",
     "AdamW32bit",
     "AdamWFp8",
+    "convert_state",
+    "precision_groups",
 ]

@@ -1,0 +1,197 @@
+"""convert_state: optimizer checkpoints from one state format, or one library, to another.
+
+    state = torch.load("optimizer.pt", weights_only=True)
+    optimizer.load_state_dict(convert_state(state, optimizer))
+
+Reads full (unsharded) state_dicts of `torch.optim.Adam(W)`, of this package in any format, of torchao's low-bit
+optimizers and of bitsandbytes' Adam(W), and writes the layout that `optimizer` would have created. Every moment goes
+through float32, except where source and target store it as the same codes: then codes and scales are copied, bit for
+bit. That is the case between 8-bit formats with equal blocks whose size divides the parameter's rows.
+
+With FSDP2, convert a full state_dict and load it with `torch.distributed.checkpoint.state_dict`.
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from aotrain.formats.scaling import expand_blocks
+from aotrain.optim.sharding import is_dtensor
+from aotrain.optim.state import (
+    STATE_FORMATS,
+    BlockMoment,
+    Dynamic8bitMoment,
+    Float32Moment,
+    Moment,
+    group_moments,
+    row_length,
+)
+
+# Name of each moment in bitsandbytes' state.
+_BITSANDBYTES_SUFFIX = {"exp_avg": "1", "exp_avg_sq": "2"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """One moment as found in a checkpoint: its values, and its 8-bit dynamic codes with flat block scales if it has."""
+
+    value: torch.Tensor
+    codes: torch.Tensor | None = None
+    scale: torch.Tensor | None = None
+
+
+def convert_state(state_dict: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """A state_dict that `optimizer.load_state_dict` accepts, with the moments and step counts of another one.
+
+    Args:
+        state_dict: {"state": {id: {...}}, "param_groups": [...]} of a supported optimizer over the same parameters in
+            the same order. Not modified.
+        optimizer: an optimizer of this package, or `torch.optim.Adam(W)` for export to float32. Its parameters give
+            the shapes. Its options are kept except learning rate, betas, eps and weight decay, which come from the
+            checkpoint.
+
+    Raises:
+        ValueError: other parameters, a state of unknown layout, a moment missing in the source, or sharded tensors.
+    """
+    params = [(param, group) for group in optimizer.param_groups for param in group["params"]]
+    saved_ids = [index for group in state_dict["param_groups"] for index in group["params"]]
+    saved_groups = [group for group in state_dict["param_groups"] for _ in group["params"]]
+    if len(saved_ids) != len(params):
+        raise ValueError(
+            f"convert_state got state of {len(saved_ids)} parameters for an optimizer of {len(params)}; it belongs to "
+            "another model or another set of trainable parameters."
+        )
+    result: dict[str, Any] = copy.deepcopy({**optimizer.state_dict(), "state": {}})
+    for target_id, (saved_id, saved_group, (param, group)) in enumerate(
+        zip(saved_ids, saved_groups, params, strict=True)
+    ):
+        if saved_id in state_dict["state"]:
+            label = f"parameter {saved_id} of shape {tuple(param.shape)}"
+            result["state"][target_id] = _convert(label, state_dict["state"][saved_id], saved_group, param, group)
+    for target, source in zip(result["param_groups"], _groups_of(result, saved_groups), strict=True):
+        target.update({key: source[key] for key in ("lr", "betas", "eps", "weight_decay") if key in source})
+    return result
+
+
+def _groups_of(result: dict[str, Any], saved_groups: list[Any]) -> list[Any]:
+    """The saved group of the first parameter of each group of the result."""
+    starts, position = [], 0
+    for group in result["param_groups"]:
+        starts.append(saved_groups[position] if group["params"] else {})
+        position += len(group["params"])
+    return starts
+
+
+def _convert(
+    label: str, saved: Mapping[str, Any], saved_group: Mapping[str, Any], param: torch.Tensor, group: Mapping[str, Any]
+) -> dict[str, torch.Tensor]:
+    if any(isinstance(value, torch.Tensor) and is_dtensor(value) for value in saved.values()):
+        raise ValueError(
+            f"convert_state got sharded state for {label}; gather it first, for example with "
+            "get_optimizer_state_dict(..., options=StateDictOptions(full_state_dict=True))."
+        )
+    converted = {"step": torch.as_tensor(saved.get("step", 0.0), dtype=torch.float32).cpu().clone()}
+    for moment in _target_moments(param, group):
+        source = _read(label, moment.name, saved, saved_group, param.shape)
+        converted.update(_write(moment, source))
+    return converted
+
+
+def _target_moments(param: torch.Tensor, group: Mapping[str, Any]) -> tuple[Moment, ...]:
+    if "bits" in group:
+        return group_moments(param, group)
+    names = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group.get("amsgrad") else ()))
+    return tuple(Float32Moment(name) for name in names)
+
+
+def _read(
+    label: str, name: str, saved: Mapping[str, Any], saved_group: Mapping[str, Any], shape: torch.Size
+) -> _Source:
+    """A moment of any supported layout."""
+    suffix = _BITSANDBYTES_SUFFIX.get(name, "")
+    if f"{name}_codes" in saved:
+        source = _read_ours(name, saved, saved_group, shape)
+    elif hasattr(saved.get(name), "dequantize") and hasattr(saved.get(name), "scale"):
+        source = _read_torchao(saved[name])
+    elif name in saved:
+        source = _Source(saved[name].float())
+    elif suffix and f"state{suffix}" in saved:
+        source = _read_bitsandbytes(saved, suffix)
+    else:
+        raise ValueError(
+            f"convert_state found no {name} in the state of {label}; it has {sorted(saved)}. Supported are "
+            "torch.optim.Adam(W), aotrain.optim, torchao.optim and bitsandbytes Adam(W) (with amsgrad if the target has)."
+        )
+    if source.value.numel() != shape.numel():
+        raise ValueError(
+            f"convert_state got {name} with {source.value.numel()} elements for {label}; it belongs to another model."
+        )
+    return _Source(source.value.reshape(shape), source.codes, source.scale)
+
+
+def _read_ours(name: str, saved: Mapping[str, Any], saved_group: Mapping[str, Any], shape: torch.Size) -> _Source:
+    kind = STATE_FORMATS[saved_group["bits"]]
+    assert kind is not None, "float32 state has no codes"
+    moment = kind(name, name == "exp_avg", saved_group["block_size"])
+    codes, scale = (saved[key] for key in moment.keys)
+    value = moment.decode(codes, scale, shape)
+    divides = row_length(shape) % moment.block_size == 0
+    if kind is Dynamic8bitMoment and divides:
+        return _Source(value, codes.flatten(), scale.flatten())
+    return _Source(value)
+
+
+def _read_torchao(state: Any) -> _Source:
+    """OptimState8bit, OptimState4bit and OptimStateFp8, by their attributes: torchao itself is not needed."""
+    value = state.dequantize().float()
+    is_8bit = state.codes.dtype == torch.uint8 and getattr(state, "qmap", value).numel() == 256
+    if is_8bit:
+        return _Source(value, state.codes.flatten(), state.scale.flatten())
+    return _Source(value)
+
+
+def _read_bitsandbytes(saved: Mapping[str, Any], suffix: str) -> _Source:
+    """state1 / state2: float32, or uint8 codes in flat blocks with absmax and the map that decodes them."""
+    codes = saved[f"state{suffix}"]
+    if codes.dtype != torch.uint8:
+        return _Source(codes.float())
+    scale, values = saved[f"absmax{suffix}"].float(), saved[f"qmap{suffix}"].float()
+    flat = codes.flatten()
+    block_size = _flat_block_size(flat.numel(), scale.numel())
+    decoded = values[flat.long()] * expand_blocks(scale[None], (1, flat.numel()), (1, block_size))[0]
+    return _Source(decoded, flat, scale)
+
+
+def _flat_block_size(numel: int, num_blocks: int) -> int:
+    """Block size of a flat layout: a power of two, as all of these optimizers use, with the last block shorter."""
+    for exponent in range(5, 16):
+        if -(-numel // 2**exponent) == num_blocks:
+            return 2**exponent
+    raise ValueError(f"convert_state got {num_blocks} block scales for {numel} codes; no block size explains that.")
+
+
+def _write(moment: Moment, source: _Source) -> dict[str, torch.Tensor]:
+    if not isinstance(moment, BlockMoment):
+        return {moment.name: source.value.clone()}
+    shape = source.value.shape
+    blocks_per_row = row_length(shape) // moment.block_size
+    same_blocks = (
+        isinstance(moment, Dynamic8bitMoment)
+        and source.codes is not None
+        and source.scale is not None
+        and row_length(shape) % moment.block_size == 0
+        and source.scale.numel() == shape[0] * blocks_per_row
+    )
+    if same_blocks:
+        assert source.codes is not None
+        assert source.scale is not None
+        codes, scale = (
+            source.codes.reshape(shape).clone(),
+            source.scale.float().reshape(shape[0], blocks_per_row).clone(),
+        )
+    else:
+        codes, scale = moment.encode(source.value)
+    return dict(zip(moment.keys, (codes, scale), strict=True))
