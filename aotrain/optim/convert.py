@@ -122,8 +122,8 @@ def _read(
         source = _read_bitsandbytes(saved, suffix)
     else:
         raise ValueError(
-            f"convert_state found no {name} in the state of {label}; it has {sorted(saved)}. Supported are "
-            "torch.optim.Adam(W), aotrain.optim, torchao.optim and bitsandbytes Adam(W) (with amsgrad if the target has)."
+            f"convert_state found no {name} in the state of {label}; it has {sorted(saved)}. Supported are torch.optim."
+            "Adam(W), aotrain.optim, torchao.optim and bitsandbytes Adam(W), with amsgrad where the target has it."
         )
     if source.value.numel() != shape.numel():
         raise ValueError(
