@@ -2,8 +2,8 @@
 
 A quantized moment of a parameter [d0, d1, ...], with rows of R = d1 * d2 * ... elements, is two plain tensors:
 
-    {name}_codes  uint8 or float8  [d0, d1, ...]          the parameter's own shape; 4 bits: [d0, ceil(R / 2)]
-    {name}_scale  float32          [d0, ceil(R / block)]  largest magnitude of each block; float8: divided by 448
+    {name}_codes  uint8    [d0, d1, ...]          the parameter's own shape; 4 bits: [d0, ceil(R / 2)]
+    {name}_scale  float32  [d0, ceil(R / block)]  largest magnitude of each block; float8: divided by 448
 
 Blocks lie along rows and never cross dimension 0; the last block of a row is shorter when `block` does not divide R.
 Any split along dimension 0 therefore cuts codes and scales at the same rows, so a checkpoint moves between world sizes
@@ -166,16 +166,19 @@ class Dynamic4bitMoment(BlockMoment):
 
 @dataclass(frozen=True, slots=True)
 class Float8Moment(BlockMoment):
-    """One byte per value: float8 e4m3, scaled so that a block's largest magnitude is the format's maximum."""
+    """One byte per value: float8 e4m3, scaled so that a block's largest magnitude is the format's maximum.
+
+    The codes are stored as uint8: gloo cannot send float8 tensors, and a full state_dict has to be gathered.
+    """
 
     def _scale(self, amax: torch.Tensor) -> torch.Tensor:
         return amax / torch.full_like(amax, FLOAT8_E4M3.max)
 
     def _encode(self, rows: torch.Tensor) -> torch.Tensor:
-        return round_nearest(rows, FLOAT8_E4M3)
+        return round_nearest(rows, FLOAT8_E4M3).view(torch.uint8)
 
     def _decode(self, codes: torch.Tensor, length: int) -> torch.Tensor:
-        return codes.float()
+        return codes.view(FLOAT8_E4M3.dtype).float()
 
 
 Moment = Float32Moment | BlockMoment

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -14,15 +15,18 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from aotrain.nn import Float8LinearConfig, convert_to_float8_training
-from aotrain.optim import AdamW8bit
+from aotrain.optim import AdamW4bit, AdamW8bit, AdamWFp8
 from aotrain.recipes import RECIPES
 from aotrain.testing import assert_bitwise_equal
 from tests.distributed.ranks import run_ranks
 
 FULL = StateDictOptions(full_state_dict=True)
+FORMATS = (AdamW8bit, AdamW4bit, AdamWFp8)
 
 
-def build(recipe: str, world_size: int) -> tuple[nn.Module, AdamW8bit]:
+def build(
+    recipe: str, world_size: int, optimizer_class: type[torch.optim.Optimizer] = AdamW8bit
+) -> tuple[nn.Module, torch.optim.Optimizer]:
     """97 rows do not divide by 2 or 3 ranks, and rows of 130 do not divide by a block of 64."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(130, 97), nn.ReLU(), nn.Linear(97, 130)).bfloat16()
@@ -33,20 +37,20 @@ def build(recipe: str, world_size: int) -> tuple[nn.Module, AdamW8bit]:
             fully_shard(layer, mp_policy=policy)
             layer.set_force_sum_reduction_for_comms(True)
             layer.set_gradient_divide_factor(1.0)
-    return model, AdamW8bit(model.parameters(), lr=1e-2, block_size=64, bf16_stochastic_round=True)
+    return model, optimizer_class(model.parameters(), lr=1e-2, block_size=64, bf16_stochastic_round=True)
 
 
-def train(model: nn.Module, optimizer: AdamW8bit, steps: range, world_size: int) -> None:
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range, world_size: int) -> None:
     for step in steps:
         x = torch.randn(16, 130, generator=torch.Generator().manual_seed(step)).bfloat16()
-        # Every rank sees the same rows and gradients are summed, so dividing by a power of two gives the exact
-        # gradient of one process.
-        (model(x).float().square().mean() / world_size).backward()
+        # Gradients are summed over ranks and only rank 0 has any, so the sum is exactly the gradient of one process.
+        share = 1.0 if world_size == 1 or dist.get_rank() == 0 else 0.0
+        (model(x).float().square().mean() * share).backward()
         optimizer.step()
         optimizer.zero_grad()
 
 
-def full_state(model: nn.Module, optimizer: AdamW8bit) -> dict:
+def full_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
     flat = {f"model.{name}": value for name, value in get_model_state_dict(model, options=FULL).items()}
     state = get_optimizer_state_dict(model, optimizer, options=FULL)["state"]
     flat |= {f"optim.{name}.{key}": value for name, entry in state.items() for key, value in entry.items()}
@@ -106,10 +110,40 @@ def test_two_ranks_train_to_the_bits_of_one_process_and_reshard(tmp_path, recipe
     assert_same(resumed["final"], after_five)
 
 
-def test_two_ranks_save_four_ranks_load(tmp_path):
-    saved = run_ranks(train_and_save, 2, "rowwise", str(tmp_path))[0]
-    for result in run_ranks(load_and_train, 4, "rowwise", str(tmp_path)):
-        assert_same(result["loaded"], saved)
+def save_every_format(rank: int, world_size: int, folder: str) -> None:
+    for optimizer_class in FORMATS:
+        model, optimizer = build("rowwise", world_size, optimizer_class)
+        train(model, optimizer, range(2), world_size)
+        state = {"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, optimizer)}
+        dcp.save(state, checkpoint_id=f"{folder}/{optimizer_class.__name__}-{world_size}")
+
+
+def load_every_format(rank: int, world_size: int, folder: str) -> dict:
+    loaded = {}
+    for optimizer_class in FORMATS:
+        for saved_by in range(1, 5):
+            model, optimizer = build("rowwise", world_size, optimizer_class)
+            state = {"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, optimizer)}
+            dcp.load(state, checkpoint_id=f"{folder}/{optimizer_class.__name__}-{saved_by}")
+            set_model_state_dict(model, state["model"])
+            set_optimizer_state_dict(model, optimizer, state["optim"])
+            loaded[f"{optimizer_class.__name__}-{saved_by}"] = full_state(model, optimizer)
+    return loaded
+
+
+def test_every_format_moves_between_one_to_four_ranks_bit_for_bit(tmp_path):
+    """97 and 130 rows over 1 to 4 ranks, saved by each and loaded by each: always the state of one process."""
+    want = {}
+    for optimizer_class in FORMATS:
+        model, optimizer = build("rowwise", 1, optimizer_class)
+        train(model, optimizer, range(2), 1)
+        want[optimizer_class.__name__] = full_state(model, optimizer)
+    for world_size in range(1, 5):
+        run_ranks(save_every_format, world_size, str(tmp_path))
+    for world_size in range(1, 5):
+        for loaded in run_ranks(load_every_format, world_size, str(tmp_path)):
+            for name, state in loaded.items():
+                assert_same(state, want[name.split("-")[0]])
 
 
 def test_full_state_dict_is_broadcast_from_rank_zero(tmp_path):

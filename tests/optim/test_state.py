@@ -45,7 +45,7 @@ def test_blocks_lie_along_rows_with_a_ragged_tail(kind, shape, block: int, block
     state = kind("exp_avg", True, block).init(torch.zeros(shape))
     rows = shape[1] * (shape[2] if len(shape) == 3 else 1)
     assert state["exp_avg_codes"].shape == ((shape[0], (rows + 1) // 2) if kind is Dynamic4bitMoment else shape)
-    assert state["exp_avg_codes"].dtype == (torch.float8_e4m3fn if kind is Float8Moment else torch.uint8)
+    assert state["exp_avg_codes"].dtype == torch.uint8
     assert state["exp_avg_scale"].shape == (shape[0], blocks)
     assert state["exp_avg_scale"].dtype == torch.float32
 

@@ -13,13 +13,16 @@ from torch.optim import Optimizer
 from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig
 
 from aotrain.integrations.torchtitan import job as jobs
+from aotrain.optim import AdamW4bit, AdamW8bit, AdamWFp8
 
 # Names of a job file -> names of the container.
-TITAN_NAMES = {"adamw": "AdamW", "adamw_8bit": "AdamW8bit"}
+TITAN_NAMES = {"adamw": "AdamW", "adamw_8bit": "AdamW8bit", "adamw_4bit": "AdamW4bit", "adamw_fp8": "AdamWFp8"}
+
+_LOW_BIT = {cls.__name__: cls for cls in (AdamW8bit, AdamW4bit, AdamWFp8)}
 
 
 class LowBitOptimizers(OptimizersContainer):
-    """``OptimizersContainer`` that also knows ``AdamW8bit``."""
+    """``OptimizersContainer`` that also knows our low-bit AdamW classes by name."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(OptimizersContainer.Config):
@@ -27,10 +30,8 @@ class LowBitOptimizers(OptimizersContainer):
 
     @staticmethod
     def _resolve_optimizer_factory(name: str) -> Callable[..., Optimizer]:
-        if name == "AdamW8bit":
-            from aotrain.optim import AdamW8bit
-
-            return AdamW8bit
+        if name in _LOW_BIT:
+            return _LOW_BIT[name]
         return OptimizersContainer._resolve_optimizer_factory(name)
 
 
@@ -43,8 +44,8 @@ def optimizer_config(settings: jobs.Optimizer) -> LowBitOptimizers.Config:
         "weight_decay": settings.weight_decay,
     }
     factory_kwargs: dict[str, dict[str, object]] = {}
-    if settings.name == "adamw_8bit":
-        factory_kwargs["AdamW8bit"] = {"bf16_stochastic_round": settings.bf16_stochastic_round}
+    if settings.name != "adamw":
+        factory_kwargs[TITAN_NAMES[settings.name]] = {"bf16_stochastic_round": settings.bf16_stochastic_round}
     group = ParamGroupConfig(pattern=r".*", optimizer_name=TITAN_NAMES[settings.name], optimizer_kwargs=kwargs)
     return LowBitOptimizers.Config(param_groups=[group], optimizer_factory_kwargs_by_name=factory_kwargs)
 

@@ -61,10 +61,12 @@ def test_resume_is_bit_for_bit(train, config):
     assert numbers(parts) == numbers(whole)
 
 
-def test_resume_with_adamw(train):
-    whole = train("training.steps=4", "optimizer.name=adamw", name="whole")
-    train("training.steps=2", "optimizer.name=adamw", name="parts")
-    assert numbers(train("training.steps=4", "optimizer.name=adamw", name="parts")) == numbers(whole)
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_4bit", "adamw_fp8"])
+def test_resume_with_every_optimizer(train, optimizer):
+    name = f"optimizer.name={optimizer}"
+    whole = train("training.steps=4", name, name="whole")
+    train("training.steps=2", name, name="parts")
+    assert numbers(train("training.steps=4", name, name="parts")) == numbers(whole)
 
 
 def test_starting_from_weights_takes_nothing_else(train, tmp_path):
