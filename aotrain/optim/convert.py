@@ -24,9 +24,9 @@ from aotrain.optim.state import (
     STATE_FORMATS,
     BlockMoment,
     Dynamic8bitMoment,
-    Float32Moment,
     Moment,
-    group_moments,
+    adam_moment_names,
+    block_moments,
     row_length,
 )
 
@@ -101,10 +101,8 @@ def _convert(
 
 
 def _target_moments(param: torch.Tensor, group: Mapping[str, Any]) -> tuple[Moment, ...]:
-    if "bits" in group:
-        return group_moments(param, group)
-    names = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group.get("amsgrad") else ()))
-    return tuple(Float32Moment(name) for name in names)
+    names = adam_moment_names(bool(group.get("amsgrad")))
+    return block_moments(param, {"bits": 32, **group}, names)
 
 
 def _read(

@@ -4,23 +4,27 @@
 numbers and rounds float32 scales; only its handling of the parameter groups is used.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from aotrain.optim.sharding import is_dtensor
-from aotrain.optim.state import group_moments
+from aotrain.optim.state import Moment
 
 
 def load_state(
-    optimizer: torch.optim.Optimizer, state_dict: dict[str, Any], load_groups: Callable[[dict[str, Any]], None]
+    optimizer: torch.optim.Optimizer,
+    state_dict: dict[str, Any],
+    moments_of: Callable[[torch.Tensor, Mapping[str, Any]], tuple[Moment, ...]],
+    load_groups: Callable[[dict[str, Any]], None],
 ) -> None:
     """Replace the optimizer's groups and state by those of a state_dict, or raise and change nothing.
 
     Args:
         optimizer: whose parameters, in group order, the state belongs to.
         state_dict: {"state": {id: {key: tensor}}, "param_groups": [...]}.
+        moments_of: (parameter, group) -> how its moments are stored.
         load_groups: `Optimizer.load_state_dict` of the base class.
 
     Raises:
@@ -45,13 +49,15 @@ def load_state(
             )
         if index in state_dict["state"]:
             # The saved options say how the saved state is laid out; they replace the current ones.
-            loaded[param] = _checked(label, param, group | saved_group, state_dict["state"][index])
+            moments = moments_of(param, group | saved_group)
+            loaded[param] = _checked(label, param, moments, state_dict["state"][index])
     load_groups({**state_dict, "state": {}})
     optimizer.state.update(loaded)
 
 
-def _checked(label: str, param: torch.Tensor, group: dict[str, Any], saved: dict[str, Any]) -> dict[str, torch.Tensor]:
-    moments = group_moments(param, group)
+def _checked(
+    label: str, param: torch.Tensor, moments: Sequence[Moment], saved: Mapping[str, Any]
+) -> dict[str, torch.Tensor]:
     want = {"step"} | {key for moment in moments for key in moment.keys}
     if set(saved) != want:
         raise ValueError(

@@ -203,17 +203,22 @@ def check_bits(bits: Any) -> int | str:
     return value
 
 
-def group_moments(param: torch.Tensor, group: Mapping[str, Any]) -> tuple[Moment, ...]:
-    """The moments Adam keeps for a parameter of this parameter group."""
-    return adam_moments(param, block_size=group["block_size"], amsgrad=group["amsgrad"], bits=group["bits"])
+def block_moments(
+    param: torch.Tensor, group: Mapping[str, Any], signed_by_name: Mapping[str, bool]
+) -> tuple[Moment, ...]:
+    """How named moments of a parameter are stored, by the `bits` and `block_size` of its parameter group."""
+    kind = STATE_FORMATS[group["bits"]]
+    if kind is not None and is_quantized(param):
+        return tuple(kind(name, signed, group["block_size"]) for name, signed in signed_by_name.items())
+    return tuple(Float32Moment(name) for name in signed_by_name)
+
+
+def adam_moment_names(amsgrad: bool) -> dict[str, bool]:
+    """Moments of Adam -> whether they can be negative."""
+    names = {"exp_avg": True, "exp_avg_sq": False}
+    return {**names, "max_exp_avg_sq": False} if amsgrad else names
 
 
 def adam_moments(param: torch.Tensor, *, block_size: int, amsgrad: bool, bits: int | str = 8) -> tuple[Moment, ...]:
-    """The moments Adam keeps for this parameter: exp_avg, exp_avg_sq and, for amsgrad, max_exp_avg_sq."""
-    signed_by_name = {"exp_avg": True, "exp_avg_sq": False}
-    if amsgrad:
-        signed_by_name["max_exp_avg_sq"] = False
-    block_moment = STATE_FORMATS[bits]
-    if block_moment is not None and is_quantized(param):
-        return tuple(block_moment(name, signed, block_size) for name, signed in signed_by_name.items())
-    return tuple(Float32Moment(name) for name in signed_by_name)
+    """How Adam's moments of a parameter are stored."""
+    return block_moments(param, {"bits": bits, "block_size": block_size}, adam_moment_names(amsgrad))
