@@ -46,6 +46,8 @@ PUBLIC = {
         "AdamW8bit",
         "AdamW32bit",
         "AdamWFp8",
+        "Lion8bit",
+        "Muon8bit",
         "convert_state",
         "precision_groups",
     ],

@@ -12,6 +12,8 @@ from aotrain.optim.adam import (
 )
 from aotrain.optim.convert import convert_state
 from aotrain.optim.groups import precision_groups
+from aotrain.optim.lion import Lion8bit
+from aotrain.optim.muon import Muon8bit
 
 # The name that float32 AdamW with stochastic rounding has elsewhere.
 _AdamW = AdamW32bit
@@ -25,6 +27,8 @@ __all__ = [
     "AdamW8bit",
     "AdamW32bit",
     "AdamWFp8",
+    "Lion8bit",
+    "Muon8bit",
     "convert_state",
     "precision_groups",
 ]

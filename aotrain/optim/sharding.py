@@ -73,6 +73,29 @@ def shard_like(param: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
     )
 
 
+def gather_full(local: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
+    """The whole tensor of which each rank holds `local`, sharded as the parameter is. Collective for a DTensor."""
+    if not is_dtensor(param):
+        return local
+    from torch.distributed.tensor import DTensor
+
+    shape, stride = param.shape, torch.empty(param.shape, device="meta").stride()
+    sharded = DTensor.from_local(
+        local, param.device_mesh, param.placements, run_check=False, shape=shape, stride=stride
+    )
+    return sharded.full_tensor()
+
+
+def local_part(full: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a tensor that every rank has whole, sharded as the parameter is."""
+    if not is_dtensor(param):
+        return full
+    from torch.distributed.tensor import distribute_tensor
+
+    # src_data_rank=None: nothing is sent, each rank cuts its own part.
+    return distribute_tensor(full, param.device_mesh, param.placements, src_data_rank=None).to_local()
+
+
 def global_index(param: torch.Tensor) -> torch.Tensor:
     """Row-major position of each local element in the global parameter, int64 in the local shape."""
     local = local_of(param)

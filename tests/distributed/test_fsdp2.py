@@ -15,13 +15,13 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from aotrain.nn import Float8LinearConfig, convert_to_float8_training
-from aotrain.optim import AdamW4bit, AdamW8bit, AdamWFp8
+from aotrain.optim import AdamW4bit, AdamW8bit, AdamWFp8, Lion8bit, Muon8bit
 from aotrain.recipes import RECIPES
 from aotrain.testing import assert_bitwise_equal
 from tests.distributed.ranks import run_ranks
 
 FULL = StateDictOptions(full_state_dict=True)
-FORMATS = (AdamW8bit, AdamW4bit, AdamWFp8)
+FORMATS = (AdamW8bit, AdamW4bit, AdamWFp8, Lion8bit)
 
 
 def build(
@@ -144,6 +144,21 @@ def test_every_format_moves_between_one_to_four_ranks_bit_for_bit(tmp_path):
         for loaded in run_ranks(load_every_format, world_size, str(tmp_path)):
             for name, state in loaded.items():
                 assert_same(state, want[name.split("-")[0]])
+
+
+def train_with_muon(rank: int, world_size: int) -> dict:
+    model, _ = build("rowwise", world_size)
+    optimizer = Muon8bit([model[0].weight, model[2].weight], lr=1e-2, block_size=64)
+    for step in range(3):
+        train(model, optimizer, range(step, step + 1), world_size)
+    return {f"model.{name}": value.clone() for name, value in get_model_state_dict(model, options=FULL).items()}
+
+
+def test_muon_orthogonalizes_the_whole_matrix():
+    """97 and 130 rows over two ranks: an iteration on shards would give other weights."""
+    want = train_with_muon(0, 1)
+    for state in run_ranks(train_with_muon, 2):
+        assert_same(state, want)
 
 
 def test_full_state_dict_is_broadcast_from_rank_zero(tmp_path):
