@@ -12,7 +12,7 @@ With FSDP2, convert a full state_dict and load it with `torch.distributed.checkp
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,8 +47,9 @@ def convert_state(state_dict: Mapping[str, Any], optimizer: torch.optim.Optimize
     """A state_dict that `optimizer.load_state_dict` accepts, with the moments and step counts of another one.
 
     Args:
-        state_dict: {"state": {id: {...}}, "param_groups": [...]} of a supported optimizer over the same parameters in
-            the same order. Not modified.
+        state_dict: {"state": {id: {...}}, "param_groups": [...]} of a supported optimizer over the same parameters.
+            They are matched by name where both optimizers were given names (`named_parameters()`,
+            `precision_groups`), and must be in the same order where not. Not modified.
         optimizer: an optimizer of this package, or `torch.optim.Adam(W)` for export to float32. Its parameters give
             the shapes. Its options are kept except learning rate, betas, eps and weight decay, which come from the
             checkpoint.
@@ -57,32 +58,40 @@ def convert_state(state_dict: Mapping[str, Any], optimizer: torch.optim.Optimize
         ValueError: other parameters, a state of unknown layout, a moment missing in the source, or sharded tensors.
     """
     params = [(param, group) for group in optimizer.param_groups for param in group["params"]]
-    saved_ids = [index for group in state_dict["param_groups"] for index in group["params"]]
-    saved_groups = [group for group in state_dict["param_groups"] for _ in group["params"]]
-    if len(saved_ids) != len(params):
-        raise ValueError(
-            f"convert_state got state of {len(saved_ids)} parameters for an optimizer of {len(params)}; it belongs to "
-            "another model or another set of trainable parameters."
-        )
+    sources = _sources(state_dict["param_groups"], optimizer.param_groups)
     result: dict[str, Any] = copy.deepcopy({**optimizer.state_dict(), "state": {}})
-    for target_id, (saved_id, saved_group, (param, group)) in enumerate(
-        zip(saved_ids, saved_groups, params, strict=True)
-    ):
+    for target_id, ((saved_id, saved_group), (param, group)) in enumerate(zip(sources, params, strict=True)):
         if saved_id in state_dict["state"]:
             label = f"parameter {saved_id} of shape {tuple(param.shape)}"
             result["state"][target_id] = _convert(label, state_dict["state"][saved_id], saved_group, param, group)
-    for target, source in zip(result["param_groups"], _groups_of(result, saved_groups), strict=True):
-        target.update({key: source[key] for key in ("lr", "betas", "eps", "weight_decay") if key in source})
+    position = 0
+    for group in result["param_groups"]:
+        saved_group = sources[position][1] if group["params"] else {}
+        group.update({key: saved_group[key] for key in ("lr", "betas", "eps", "weight_decay") if key in saved_group})
+        position += len(group["params"])
     return result
 
 
-def _groups_of(result: dict[str, Any], saved_groups: list[Any]) -> list[Any]:
-    """The saved group of the first parameter of each group of the result."""
-    starts, position = [], 0
-    for group in result["param_groups"]:
-        starts.append(saved_groups[position] if group["params"] else {})
-        position += len(group["params"])
-    return starts
+def _sources(saved_groups: Sequence[Any], groups: Sequence[Any]) -> list[tuple[Any, Any]]:
+    """(saved id, saved group) for each parameter of the target: by name where both have names, else by position."""
+    saved = [(index, group) for group in saved_groups for index in group["params"]]
+    count = sum(len(group["params"]) for group in groups)
+    if len(saved) != count:
+        raise ValueError(
+            f"convert_state got state of {len(saved)} parameters for an optimizer of {count}; it belongs to "
+            "another model or another set of trainable parameters."
+        )
+    if not all(group.get("param_names") for group in (*saved_groups, *groups) if group["params"]):
+        return saved
+    by_name = dict(zip((name for group in saved_groups for name in group["param_names"]), saved, strict=True))
+    names = [name for group in groups for name in group["param_names"]]
+    missing = [name for name in names if name not in by_name]
+    if missing:
+        raise ValueError(
+            f"convert_state found no state of {missing[0]!r} (and {len(missing) - 1} more); the checkpoint has "
+            f"{', '.join(list(by_name)[:6])}, ... It belongs to another model."
+        )
+    return [by_name[name] for name in names]
 
 
 def _convert(

@@ -137,6 +137,23 @@ def test_groups_keep_their_own_options():
     assert "exp_avg" in target.state[model[1].weight]
 
 
+def test_parameters_are_matched_by_name_where_both_have_names():
+    """The two middle layers have one shape: by position, another order of groups would swap their state unnoticed."""
+    model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False))
+    source = torch.optim.AdamW(model.named_parameters())
+    for layer in model:
+        layer.weight.grad = torch.randn(64, 64)
+    source.step()
+    groups = [{"params": [model[i].weight], "param_names": [f"{i}.weight"]} for i in (1, 0)]
+    swapped = AdamW32bit(groups)
+    swapped.load_state_dict(convert_state(source.state_dict(), swapped))
+    for layer in model:
+        assert_bitwise_equal(swapped.state[layer.weight]["exp_avg"], source.state[layer.weight]["exp_avg"])
+    swapped.param_groups[0]["param_names"] = ["2.weight"]
+    with pytest.raises(ValueError, match=r"no state of '2\.weight'.*0\.weight, 1\.weight"):
+        convert_state(source.state_dict(), swapped)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
