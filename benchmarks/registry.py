@@ -4,7 +4,6 @@ A case is only timed after its check has passed on the device at hand.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 
@@ -12,28 +11,8 @@ from aotrain.formats import quantize
 from aotrain.kernels import scaled_cast
 from aotrain.recipes import RECIPES
 from aotrain.testing import assert_bitwise_equal
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Case:
-    """One thing to time.
-
-    Attributes:
-        name: operation and variant.
-        shape: as printed, e.g. "16384x4096".
-        run: does the work once; its result is dropped.
-        check: raises AssertionError when the result is wrong.
-        bytes_moved: the least a perfect implementation reads and writes.
-        flops: floating-point operations of its matrix products, 0 without any.
-    """
-
-    name: str
-    shape: str
-    run: Callable[[], object]
-    check: Callable[[], None]
-    bytes_moved: int
-    flops: int = 0
-
+from benchmarks.case import Case
+from benchmarks.optim import optim_cases
 
 # Rows x columns of activations and weights: Llama 3 8B and 70B at 16k tokens. A CPU gets the same aspect at less cost.
 GPU_SHAPES = ((16384, 4096), (16384, 14336), (14336, 4096), (16384, 8192), (16384, 28672), (28672, 8192))
@@ -73,4 +52,7 @@ def _copy(x: torch.Tensor) -> Case:
     return Case(name="copy", shape=shape, run=lambda: target.copy_(x), check=check, bytes_moved=4 * x.numel())
 
 
-BENCHMARKS: dict[str, Callable[[torch.device], Iterator[Case]]] = {"scaled_cast": scaled_cast_cases}
+BENCHMARKS: dict[str, Callable[[torch.device], Iterator[Case]]] = {
+    "scaled_cast": scaled_cast_cases,
+    "optim": optim_cases,
+}

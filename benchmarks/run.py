@@ -22,12 +22,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.registry import BENCHMARKS, Case
+from benchmarks.case import Case
+from benchmarks.registry import BENCHMARKS
 from benchmarks.timing import times_ms
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = (
-    "date", "case", "shape", "median_ms", "q10_ms", "q90_ms", "gb_per_s", "tflop_per_s", "repeats",
+    "date", "case", "shape", "median_ms", "q10_ms", "q90_ms", "gb_per_s", "tflop_per_s", "ns_per_element", "repeats",
     "hardware", "driver", "torch", "triton", "commit", "command",
 )  # fmt: skip
 
@@ -53,7 +54,9 @@ def main(arguments: list[str] | None = None) -> int:
                 failures += 1
                 continue
             rows.append(row | where)
-            print(f"{row['case']:32} {row['shape']:>14} {row['median_ms']:>9} ms {row['gb_per_s']:>8} GB/s", flush=True)
+            per_element = f"  {row['ns_per_element']} ns each" if row["ns_per_element"] else ""
+            speed = f"{row['median_ms']:>9} ms {row['gb_per_s']:>8} GB/s{per_element}"
+            print(f"{row['case']:32} {row['shape']:>14} {speed}", flush=True)
         append_rows(options.out / f"{name}.csv", rows)
     return 1 if failures else 0
 
@@ -77,6 +80,7 @@ def measure(case: Case, device: torch.device, repeats: int) -> dict[str, Any] | 
         "q90_ms": f"{deciles[-1]:.4f}",
         "gb_per_s": f"{case.bytes_moved / median / 1e6:.1f}",
         "tflop_per_s": f"{case.flops / median / 1e9:.1f}" if case.flops else "",
+        "ns_per_element": f"{median * 1e6 / case.elements:.3f}" if case.elements else "",
         "repeats": repeats,
     }
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks import registry, run
+from benchmarks.case import Case
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def test_a_wrong_result_is_not_timed(small, tmp_path, capsys, monkeypatch):
         raise AssertionError("bits differ")
 
     def broken(device):
-        yield registry.Case(name="bad", shape="1x1", run=lambda: None, check=wrong, bytes_moved=1)
+        yield Case(name="bad", shape="1x1", run=lambda: None, check=wrong, bytes_moved=1)
 
     monkeypatch.setitem(run.BENCHMARKS, "scaled_cast", broken)
     assert run.main(["scaled_cast", "--out", str(tmp_path), "--repeats", "3"]) == 1

@@ -8,6 +8,7 @@ quantization applies, is called `inv_scale`.
 """
 
 from aotrain.formats.cast import ScaledTensor, dequantize, fake_quantize, quantize
+from aotrain.formats.decode import decode_elements
 from aotrain.formats.element import (
     BFLOAT16,
     ELEMENT_FORMATS,
@@ -48,6 +49,7 @@ __all__ = [
     "ScaleFormat",
     "ScaledTensor",
     "Scaling",
+    "decode_elements",
     "dequantize",
     "fake_quantize",
     "philox_bits16",

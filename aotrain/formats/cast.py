@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 
+from aotrain.formats.decode import decode_elements
 from aotrain.formats.rounding import round_nearest, round_stochastic
 from aotrain.formats.scaling import Scaling, block_amax, expand_blocks, scale_shape, scale_to_float, scales_from_amax
 
@@ -59,7 +60,7 @@ def quantize(
 def dequantize(q: ScaledTensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """fp32(data) * fp32(scale), rounded once to `dtype`; same shape as `q.data`."""
     scale = expand_blocks(scale_to_float(q.scale), q.data.shape, q.scaling.block)
-    return (q.data.float() * scale).to(dtype)
+    return (decode_elements(q.data, torch.float32) * scale).to(dtype)
 
 
 def fake_quantize(x_hp: torch.Tensor, scaling: Scaling, *, noise: torch.Tensor | None = None) -> torch.Tensor:

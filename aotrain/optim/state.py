@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from aotrain.formats import FLOAT8_E4M3, round_nearest
+from aotrain.formats import FLOAT8_E4M3, decode_elements, round_nearest
 from aotrain.formats.codebook import decode_dynamic, encode_dynamic, pack_nibbles, unpack_nibbles
 from aotrain.formats.scaling import AMAX_MIN, block_amax, expand_blocks
 from aotrain.optim.sharding import even_inner_shards, local_of, shard_like
@@ -178,7 +178,7 @@ class Float8Moment(BlockMoment):
         return round_nearest(rows, FLOAT8_E4M3).view(torch.uint8)
 
     def _decode(self, codes: torch.Tensor, length: int) -> torch.Tensor:
-        return codes.view(FLOAT8_E4M3.dtype).float()
+        return decode_elements(codes.view(FLOAT8_E4M3.dtype), torch.float32)
 
 
 Moment = Float32Moment | BlockMoment

@@ -85,6 +85,19 @@ def test_nibbles_round_trip_with_the_even_element_on_top(length: int):
         assert packed[0, 0] == codes[0, 0] * 16 + codes[0, 1]
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("signed", [True, False])
+def test_encode_is_the_search_over_midpoints_at_and_beside_every_one(signed: bool, bits: int):
+    values = dynamic_codebook(signed, CPU, bits)
+    midpoints = (values[:-1] + values[1:]) * 0.5
+    x = [midpoints, midpoints.nextafter(torch.tensor(2.0)), midpoints.nextafter(torch.tensor(-2.0))]
+    x += [torch.randn(100_000) * scale for scale in (1.0, 1e-2, 1e-6, 1e-38)]
+    x += [torch.tensor([0.0, -0.0, 1.0, -1.0, 5.0, -5.0, torch.inf, -torch.inf, torch.nan, -torch.nan])]
+    x = torch.cat(x)
+    want = torch.bucketize(x, midpoints, right=True).to(torch.uint8)
+    assert_bitwise_equal(encode_dynamic(x, signed, bits), want)
+
+
 def test_ties_go_up():
     values = dynamic_codebook(False, CPU)
     midpoint = (values[200] + values[201]) * 0.5
