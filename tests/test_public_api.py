@@ -46,6 +46,7 @@ PUBLIC = {
         "AdamW8bit",
         "AdamW32bit",
         "AdamWFp8",
+        "CPUOffloadOptimizer",
         "Lion8bit",
         "Muon8bit",
         "convert_state",

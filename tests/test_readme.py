@@ -14,7 +14,7 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 def test_python_snippets_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert len(SNIPPETS) == 4
+    assert len(SNIPPETS) == 5
     namespace: dict = {}
     exec(SNIPPETS[0], namespace)
     losses = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
@@ -29,6 +29,9 @@ def test_python_snippets_run(tmp_path, monkeypatch, capsys):
     exec(SNIPPETS[3], namespace)
     assert {group["bits"] for group in namespace["optimizer"].param_groups} == {4, 8}
     assert all(float(state["step"]) == 3 for state in namespace["optimizer"].state.values())
+    before = namespace["model"][0].weight.detach().clone()
+    exec(SNIPPETS[4], namespace)
+    assert not namespace["model"][0].weight.equal(before)
 
 
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"(?:configs|docs|aotrain|tests)/[a-z0-9_/]+\.\w+", README))))

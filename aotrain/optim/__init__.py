@@ -1,4 +1,4 @@
-"""Optimizers with low-bit state: drop-in replacements for `torch.optim.AdamW`."""
+"""Optimizers with low-bit state, drop-in replacements for `torch.optim.AdamW`, and CPU offload of any optimizer."""
 
 from aotrain.optim.adam import (
     Adam4bit,
@@ -11,6 +11,7 @@ from aotrain.optim.adam import (
     AdamWFp8,
 )
 from aotrain.optim.convert import convert_state
+from aotrain.optim.cpu_offload import CPUOffloadOptimizer
 from aotrain.optim.groups import precision_groups
 from aotrain.optim.lion import Lion8bit
 from aotrain.optim.muon import Muon8bit
@@ -27,6 +28,7 @@ __all__ = [
     "AdamW8bit",
     "AdamW32bit",
     "AdamWFp8",
+    "CPUOffloadOptimizer",
     "Lion8bit",
     "Muon8bit",
     "convert_state",
