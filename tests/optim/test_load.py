@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from aotrain.optim import AdamW8bit
+from aotrain.optim import AdamW4bit, AdamW8bit, AdamWFp8, Lion8bit
 from aotrain.testing import assert_bitwise_equal
 
 
@@ -105,3 +105,27 @@ def test_saved_block_size_wins_over_the_current_one():
     other.load_state_dict(optimizer.state_dict())
     assert other.param_groups[0]["block_size"] == 32
     assert other.state_dict()["state"][0]["exp_avg_scale"].shape == (96, 4)
+
+
+def test_state_is_plain_tensors_that_safetensors_takes(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    for cls in (AdamW8bit, AdamW4bit, AdamWFp8, Lion8bit):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(128, 96), nn.Linear(96, 70)).bfloat16()
+        optimizer = cls(model.parameters())
+        run(model, optimizer, range(2))
+        saved = optimizer.state_dict()
+        flat = {f"{index}.{key}": value for index, entry in saved["state"].items() for key, value in entry.items()}
+        assert all(type(value) is torch.Tensor for value in flat.values())
+        path = tmp_path / f"{cls.__name__}.safetensors"
+        save_file(flat, path)
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for name, value in load_file(path).items():
+            index, _, key = name.partition(".")
+            state.setdefault(int(index), {})[key] = value
+        fresh = cls(copy.deepcopy(model).parameters())
+        fresh.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
+        for index, entry in saved["state"].items():
+            for key, value in entry.items():
+                assert_bitwise_equal(fresh.state_dict()["state"][index][key], value)
