@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, overload
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from aotrain.optim.offload_checks import (
     IMPLEMENTATION_FLAGS,
@@ -21,6 +22,8 @@ from aotrain.optim.sharding import local_of
 
 # Chunks in flight: one is copied here, one is stepped, one is copied back, one is spare for uneven sizes.
 _CHUNKS = 4
+# The hook on each parameter whose gradients are taken to the host.
+_HOOKS = WeakTensorKeyDictionary()
 
 
 class CPUOffloadOptimizer(torch.optim.Optimizer):
@@ -75,6 +78,8 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
         self._arrived: dict[torch.Tensor, None] = {}
         self._cpu_seconds = 0.0
         self._stepped = 0
+        # Has GradScaler hand its scale to `step`, which refuses, instead of unscaling the gradients that it sees.
+        self._step_supports_amp_scaling = offload_gradients
         super().__init__(params, {})
         members = [param for group in self.param_groups for param in group["params"]]
         if (
@@ -116,12 +121,20 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
             closure: recomputes and returns the loss, with gradients enabled.
 
         Raises:
-            RuntimeError: the gradient of an offloaded parameter is sparse.
+            RuntimeError: the gradient of an offloaded parameter is sparse, or GradScaler is used with
+                `offload_gradients`; nothing has been modified.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if hasattr(self, "found_inf"):
+            raise RuntimeError(
+                "GradScaler cannot unscale gradients that are in host memory; train in bfloat16 without it, or with "
+                "offload_gradients=False."
+            )
+        for item in self._offloaded.values():
+            item.gradient.check()
         for transfers, _ in self._transfers.values():
             transfers.begin_step()
         if self.max_grad_norm is not None:
@@ -255,6 +268,10 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
                 f"CPUOffloadOptimizer got a parameter of shape {tuple(param.shape)} on the meta device, want one with "
                 "memory; call model.to_empty(device=...) and load or initialize its weights first."
             )
+        # An optimizer that this one replaces, and that is still alive, would take the gradients away.
+        previous = _HOOKS.pop(param, None)
+        if previous is not None:
+            previous.remove()
         # A frozen parameter that is unfrozen later is stepped on its device.
         if param.numel() < self.minimal_size or not param.requires_grad or not param.is_floating_point():
             return
@@ -265,26 +282,25 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
         transfers, pool = self._transfers[device]
         item = OffloadedParam(param, transfers)
         if self.offload_gradients:
-            item.gradient = HostGradient(param, transfers, pool, self._settle_all)
+            item.gradient = HostGradient(param, transfers, pool)
         else:
             item.gradient = DeviceGradient(param, transfers, pool)
         self._offloaded[param] = item
+        if self.offload_gradients:
+            _HOOKS[param] = param.register_post_accumulate_grad_hook(self._arrival_hook())
+
+    def _arrival_hook(self) -> Callable[[torch.Tensor], None]:
         # Weak: a model must not keep the state of an optimizer that was thrown away.
         this = weakref.ref(self)
 
+        @torch.no_grad()
         def arrived(param: torch.Tensor) -> None:
             optimizer = this()
             if optimizer is not None and param in optimizer._offloaded:
-                with torch.no_grad():
-                    optimizer._arrived.setdefault(param)
-                    optimizer._offloaded[param].gradient.arrived()
+                optimizer._arrived.setdefault(param)
+                optimizer._offloaded[param].gradient.stage()
 
-        param.register_post_accumulate_grad_hook(arrived)
-
-    def _settle_all(self) -> None:
-        for item in self._offloaded.values():
-            if isinstance(item.gradient, HostGradient):
-                item.gradient.settle_if_any()
+        return arrived
 
     def _step_offloaded(self, options: Sequence[dict[str, Any]]) -> None:
         """Step the offloaded parameters in chunks: while one is computed, others are on their way."""

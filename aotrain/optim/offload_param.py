@@ -5,7 +5,6 @@ to host memory as soon as it is computed and is accumulated there (`HostGradient
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 
 import torch
 
@@ -50,10 +49,6 @@ class Gradient(ABC):
         """Whether there is a gradient to step with."""
 
     @abstractmethod
-    def arrived(self) -> None:
-        """The backward pass has just accumulated into `param.grad`."""
-
-    @abstractmethod
     def stage(self) -> bool:
         """Start whatever copy is left; False if there is no buffer for it now."""
 
@@ -77,10 +72,15 @@ class Gradient(ABC):
     def scale(self, factor: torch.Tensor) -> None:
         """Multiply the gradient by a scalar, on both sides."""
 
+    def check(self) -> None:
+        """Raise RuntimeError if `param.grad` cannot be offloaded."""
+        if self.param.grad is not None:
+            self._local_grad()
+
     def _local_grad(self) -> torch.Tensor:
         grad = self.param.grad
         if grad is None:
-            raise RuntimeError("got no gradient to copy; want one: call present first")
+            raise RuntimeError("got no gradient to copy, want one; ask `present` first")
         if grad.is_sparse:
             raise RuntimeError(
                 f"CPUOffloadOptimizer got a sparse gradient for an offloaded parameter of shape {tuple(grad.shape)}, "
@@ -107,10 +107,6 @@ class DeviceGradient(Gradient):
     def present(self) -> bool:
         """See the base class."""
         return self.param.grad is not None
-
-    def arrived(self) -> None:
-        """Only check it, so that the error comes where the gradient is made."""
-        self._local_grad()
 
     def stage(self) -> bool:
         """See the base class."""
@@ -151,11 +147,8 @@ class DeviceGradient(Gradient):
 class HostGradient(Gradient):
     """The gradient lives in host memory; `param.grad` is None again as soon as the backward pass has made it."""
 
-    def __init__(
-        self, param: torch.Tensor, transfers: Transfers, pool: StagingPool, settle_all: Callable[[], None]
-    ) -> None:
+    def __init__(self, param: torch.Tensor, transfers: Transfers, pool: StagingPool) -> None:
         super().__init__(param, transfers, pool)
-        self._settle_all = settle_all
         self._total: torch.Tensor | None = None
         self._filled = False
         self._ticket: Ticket | None = None
@@ -166,8 +159,10 @@ class HostGradient(Gradient):
         """See the base class."""
         return self._filled or self.param.grad is not None
 
-    def arrived(self) -> None:
-        """Take the gradient away from the device; a second one is added to the first on the host."""
+    def stage(self) -> bool:
+        """Take `param.grad` away from the device; a second one is added to the first on the host."""
+        if self.param.grad is None:
+            return True
         local = self._local_grad()
         if self._total is None or (self._total.shape, self._total.dtype) != (local.shape, local.dtype):
             self._total = host_empty(local.shape, local.dtype, self.transfers.pin_memory)
@@ -176,19 +171,10 @@ class HostGradient(Gradient):
             self._ticket = self.transfers.download(self._total, local)
             self._filled = True
         else:
-            buffer = self.pool.acquire(local)
-            if buffer is None:
-                self._settle_all()
-                buffer = self.pool.acquire(local)
-            if buffer is None:
-                raise RuntimeError(f"got a full staging pool ({self.pool.used} bytes), want it empty once all settled")
+            buffer = self.pool.acquire_waiting(local)
             self._pending.append((buffer, self.transfers.download(buffer, local)))
+            self.pool.reclaimable[self] = None
         self.param.grad = None
-
-    def stage(self) -> bool:
-        """Also takes a gradient that was assigned to `param.grad` by hand."""
-        if self.param.grad is not None:
-            self.arrived()
         return True
 
     def settle(self) -> torch.Tensor:
@@ -199,14 +185,8 @@ class HostGradient(Gradient):
         for buffer, ticket in self._pending:
             ticket.synchronize()
             self._total += buffer
-            self.pool.release(buffer)
-        self._pending.clear()
+        self._release_pending()
         return self._total
-
-    def settle_if_any(self) -> None:
-        """Give back the buffers of copies that have arrived."""
-        if self._pending:
-            self.settle()
 
     def release(self) -> None:
         """Nothing: like `param.grad`, the sum lives until zero_grad."""
@@ -216,9 +196,7 @@ class HostGradient(Gradient):
         if not set_to_none and self._filled and self._total is not None:
             self.settle().zero_()
             return
-        for buffer, _ in self._pending:
-            self.pool.release(buffer)
-        self._pending.clear()
+        self._release_pending()
         self._filled = False
 
     def for_norm(self) -> torch.Tensor:
@@ -229,6 +207,12 @@ class HostGradient(Gradient):
     def scale(self, factor: torch.Tensor) -> None:
         """See the base class."""
         self.settle().mul_(factor)
+
+    def _release_pending(self) -> None:
+        for buffer, _ in self._pending:
+            self.pool.release(buffer)
+        self._pending.clear()
+        self.pool.reclaimable.pop(self, None)
 
 
 class OffloadedParam:

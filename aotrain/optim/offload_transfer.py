@@ -185,6 +185,14 @@ def transfers_for(device: torch.device) -> Transfers:
     return HostTransfers() if device.type == "cpu" else DeviceTransfers(device)
 
 
+class Settling(Protocol):
+    """Holds buffers until it settles."""
+
+    def settle(self) -> torch.Tensor:
+        """Wait for the copies into the buffers, use them and give them back."""
+        ...
+
+
 class StagingPool:
     """Host buffers for tensors on their way, at most `limit` bytes of them, reused from step to step.
 
@@ -195,6 +203,8 @@ class StagingPool:
     def __init__(self, limit: int, pin_memory: bool) -> None:
         self.limit = limit
         self.used = 0
+        # Who would give buffers back if asked to settle, in the order in which they got them.
+        self.reclaimable: dict[Settling, None] = {}
         self._pin_memory = pin_memory
         self._held = 0
         self._free: dict[int, list[torch.Tensor]] = {}
@@ -218,6 +228,16 @@ class StagingPool:
             self._held += size
         self.used += size
         return buffer.view(like.dtype).view(like.shape)
+
+    def acquire_waiting(self, like: torch.Tensor) -> torch.Tensor:
+        """The same, but waits until others have given enough back."""
+        buffer = self.acquire(like)
+        while buffer is None:
+            if not self.reclaimable:
+                raise RuntimeError(f"got a staging pool with {self.used} bytes lost, want it empty once all settled")
+            next(iter(self.reclaimable)).settle()
+            buffer = self.acquire(like)
+        return buffer
 
     def release(self, tensor: torch.Tensor) -> None:
         """Give back what `acquire` returned."""

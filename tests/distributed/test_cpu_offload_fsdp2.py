@@ -1,8 +1,9 @@
 """CPUOffloadOptimizer under FSDP2 on two gloo processes: the bits, the norm and the checkpoints of the plain run."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
-import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
@@ -29,11 +30,13 @@ CLASSES = {
 CASES = [(name, host) for name in CLASSES for host in (False, True)]
 
 
-def build(name: str, dtype: torch.dtype = torch.bfloat16, **offload) -> tuple[nn.Module, torch.optim.Optimizer]:
+def build(
+    name: str, dtype: torch.dtype = torch.bfloat16, *, sharded: bool = True, **offload: Any
+) -> tuple[nn.Module, torch.optim.Optimizer]:
     """97 rows do not divide by two ranks; the last matrix has 4810 elements, so neither rank has 4096 of them."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(130, 97), nn.ReLU(), nn.Linear(97, 130), nn.Linear(130, 37)).to(dtype)
-    for layer in (model[0], model[2], model):
+    for layer in (model[0], model[2], model) if sharded else ():
         fully_shard(layer)
     cls, options = CLASSES[name]
     options = {**options, "lr": 1e-2}
@@ -63,7 +66,12 @@ def full_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
     return flat | {f"optim.{name}.{key}": value for name, entry in state.items() for key, value in entry.items()}
 
 
-def train_both(rank: int, world_size: int, name: str, host: bool) -> dict:
+def for_every_case(rank: int, world_size: int, function: Callable[..., dict], *args: Any) -> dict:
+    """{case: what `function` returned}; one pair of processes for all cases, as starting them takes seconds."""
+    return {f"{name}-{host}": function(rank, name, host, *args) for name, host in CASES}
+
+
+def train_both(rank: int, name: str, host: bool) -> dict:
     result = {}
     for kind, offload in (("plain", {}), ("offload", {"offload_gradients": host, "staging_bytes": 1})):
         model, optimizer = build(name, **offload)
@@ -77,7 +85,7 @@ def train_both(rank: int, world_size: int, name: str, host: bool) -> dict:
     return result
 
 
-def save_and_exchange(rank: int, world_size: int, name: str, host: bool, folder: str) -> dict:
+def save_and_exchange(rank: int, name: str, host: bool, folder: str) -> dict:
     """Train 2 steps, save through DCP, load into the other kind, train 2 more steps; as does the uninterrupted run."""
     result = {}
     kinds = {"plain": {}, "offload": {"offload_gradients": host, "minimal_size": 100}}
@@ -85,13 +93,13 @@ def save_and_exchange(rank: int, world_size: int, name: str, host: bool, folder:
         model, optimizer = build(name, **offload)
         train(model, optimizer, range(2), rank)
         state = {"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, optimizer)}
-        dcp.save(state, checkpoint_id=f"{folder}/{kind}")
+        dcp.save(state, checkpoint_id=f"{folder}/{kind}-{name}-{host}")
         train(model, optimizer, range(2, 4), rank)
         result[f"{kind}.uninterrupted"] = full_state(model, optimizer)
     for saved, kind in (("plain", "offload"), ("offload", "plain")):
         model, optimizer = build(name, **kinds[kind])
         state = {"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, optimizer)}
-        dcp.load(state, checkpoint_id=f"{folder}/{saved}")
+        dcp.load(state, checkpoint_id=f"{folder}/{saved}-{name}-{host}")
         set_model_state_dict(model, state["model"])
         set_optimizer_state_dict(model, optimizer, state["optim"])
         # The scheduler starts anew from its initial rate, as it did in the uninterrupted run.
@@ -102,10 +110,10 @@ def save_and_exchange(rank: int, world_size: int, name: str, host: bool, folder:
     return result
 
 
-def clip_both(rank: int, world_size: int, host: bool) -> dict:
+def clip_both(rank: int, name: str, host: bool) -> dict:
     result = {}
     for kind, offload in (("plain", {}), ("offload", {"offload_gradients": host})):
-        model, optimizer = build("adamw", torch.float32, **offload)
+        model, optimizer = build(name, torch.float32, **offload)
         norms = []
         for norm_type in (2.0, math.inf):
             backward(model, 0, rank)
@@ -120,17 +128,13 @@ def clip_both(rank: int, world_size: int, host: bool) -> dict:
     return result
 
 
-def broadcast_into_offloaded(rank: int, world_size: int) -> dict:
-    """A full state on rank 0 only, taken from a plain run, loaded into every rank of an offloaded one."""
+def broadcast_into_offloaded(rank: int, world_size: int, path: str) -> dict:
+    saved = torch.load(path, weights_only=True) if rank == 0 else {"model": {}, "optim": {}}
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    model, optimizer = build("adamw8bit")
-    train(model, optimizer, range(2), rank)
-    want = full_state(model, optimizer)
-    saved = [get_model_state_dict(model, options=FULL), get_optimizer_state_dict(model, optimizer, options=FULL)]
     model, optimizer = build("adamw8bit", offload_gradients=True)
-    set_model_state_dict(model, saved[0] if rank == 0 else {}, options=options)
-    set_optimizer_state_dict(model, optimizer, saved[1] if rank == 0 else {}, options=options)
-    return {"got": full_state(model, optimizer), "want": want}
+    set_model_state_dict(model, saved["model"], options=options)
+    set_optimizer_state_dict(model, optimizer, saved["optim"], options=options)
+    return full_state(model, optimizer)
 
 
 def assert_same(got: dict, want: dict) -> None:
@@ -140,33 +144,41 @@ def assert_same(got: dict, want: dict) -> None:
             assert_bitwise_equal(got[key], value, what=key)
 
 
-@pytest.mark.parametrize(("name", "host"), CASES)
-def test_two_ranks_train_to_the_bits_of_the_plain_run(name: str, host: bool):
-    for result in run_ranks(train_both, 2, name, host):
-        assert result["offloaded"] == 3
-        assert_same(result["offload"], result["plain"])
-        assert result["offload_dtensors"] == result["plain_dtensors"] != []
+def test_two_ranks_train_to_the_bits_of_the_plain_run():
+    for results in run_ranks(for_every_case, 2, train_both):
+        for result in results.values():
+            assert result["offloaded"] == 3
+            assert_same(result["offload"], result["plain"])
+            assert result["offload_dtensors"] == result["plain_dtensors"] != []
 
 
-@pytest.mark.parametrize(("name", "host"), CASES)
-def test_checkpoints_are_exchanged_with_the_plain_run(tmp_path, name: str, host: bool):
-    for result in run_ranks(save_and_exchange, 2, name, host, str(tmp_path)):
-        assert_same(result["offload.uninterrupted"], result["plain.uninterrupted"])
-        assert_same(result["offload.resumed"], result["plain.uninterrupted"])
-        assert_same(result["plain.resumed"], result["plain.uninterrupted"])
+def test_checkpoints_are_exchanged_with_the_plain_run(tmp_path):
+    for results in run_ranks(for_every_case, 2, save_and_exchange, str(tmp_path)):
+        for result in results.values():
+            assert_same(result["offload.uninterrupted"], result["plain.uninterrupted"])
+            assert_same(result["offload.resumed"], result["plain.uninterrupted"])
+            assert_same(result["plain.resumed"], result["plain.uninterrupted"])
 
 
-@pytest.mark.parametrize("host", [False, True])
-def test_the_norm_is_that_of_all_ranks(host: bool):
-    results = run_ranks(clip_both, 2, host)
-    for result in results:
-        torch.testing.assert_close(result["offload"].pop("norms"), result["plain"].pop("norms"), rtol=1e-6, atol=0.0)
+def test_the_norm_is_that_of_all_ranks():
+    """The factors differ by float32 rounding; 8-bit codes may then differ, so only weights are compared."""
+    first, second = run_ranks(for_every_case, 2, clip_both)
+    for case, result in first.items():
+        assert_same(result["offload"], second[case]["offload"])
+        torch.testing.assert_close(result["offload"]["norms"], result["plain"]["norms"], rtol=1e-6, atol=0.0)
         for key, value in result["plain"].items():
-            if isinstance(value, torch.Tensor):
-                torch.testing.assert_close(result["offload"][key], value, rtol=1e-4, atol=1e-6, msg=key)
-    assert_same(results[0]["offload"], results[1]["offload"])
+            if key.startswith("model."):
+                torch.testing.assert_close(result["offload"][key], value, rtol=1e-4, atol=1e-4, msg=key)
 
 
-def test_a_full_state_dict_is_broadcast_into_offloaded_ranks():
-    for result in run_ranks(broadcast_into_offloaded, 2):
-        assert_same(result["got"], result["want"])
+def test_a_full_state_dict_is_broadcast_into_offloaded_ranks(tmp_path):
+    """Saved by one process that does not offload, read by rank 0 only."""
+    model, optimizer = build("adamw8bit", sharded=False)
+    train(model, optimizer, range(2), 0)
+    saved = {
+        "model": get_model_state_dict(model, options=FULL),
+        "optim": get_optimizer_state_dict(model, optimizer, options=FULL),
+    }
+    torch.save(saved, tmp_path / "full.pt")
+    for result in run_ranks(broadcast_into_offloaded, 2, str(tmp_path / "full.pt")):
+        assert_same(result, full_state(model, optimizer))

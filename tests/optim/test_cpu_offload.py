@@ -1,7 +1,6 @@
 """CPUOffloadOptimizer against the optimizer it offloads: the same bits after every step, whatever the options."""
 
 import copy
-import gc
 import weakref
 from collections.abc import Callable
 
@@ -255,6 +254,16 @@ def test_grad_scaler():
     assert_same_weights(models)
 
 
+def test_grad_scaler_cannot_reach_the_host_and_is_refused():
+    model, _ = twins()
+    optimizer = CPUOffloadOptimizer(model.parameters(), offload_gradients=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(model(torch.randn(8, 128)).square().mean()).backward()
+    with pytest.raises(RuntimeError, match="offload_gradients=False"):
+        scaler.step(optimizer)
+    assert optimizer.state == {}
+
+
 @MODES
 def test_closure_runs_with_gradients_and_its_loss_is_returned(offload_gradients: bool):
     models = twins()
@@ -351,10 +360,20 @@ def test_an_optimizer_that_is_thrown_away_lets_the_model_go_on():
     optimizer = CPUOffloadOptimizer(model.parameters(), offload_gradients=True)
     reference = weakref.ref(optimizer)
     del optimizer
-    gc.collect()
     assert reference() is None
     backward(model, 0)
     assert all(param.grad is not None for param in model.parameters())
+
+
+@MODES
+def test_the_last_optimizer_made_for_a_parameter_gets_its_gradients(offload_gradients: bool):
+    models = twins()
+    replaced = CPUOffloadOptimizer(models[0].parameters(), offload_gradients=True)
+    optimizers = pair("adamw", models, offload_gradients=offload_gradients)
+    for model, optimizer in zip(models, optimizers, strict=True):
+        train(model, optimizer, range(2))
+    assert_same_weights(models)
+    assert replaced.state == {}
 
 
 @pytest.mark.parametrize(
@@ -384,6 +403,13 @@ def test_sparse_gradient_is_a_clear_error(offload_gradients: bool):
     optimizer = CPUOffloadOptimizer(
         embedding.parameters(), torch.optim.SGD, offload_gradients=offload_gradients, lr=0.1
     )
-    with pytest.raises(RuntimeError, match="sparse=False"):
+    before = embedding.weight.detach().clone()
+
+    def train_step() -> None:
         embedding(torch.tensor([1, 2])).sum().backward()
+        optimizer.step()
+
+    with pytest.raises(RuntimeError, match="sparse=False"):
+        train_step()
     assert optimizer.state == {}
+    assert_bitwise_equal(embedding.weight.detach(), before)
