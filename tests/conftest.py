@@ -53,8 +53,8 @@ def _fixed_seed() -> None:
 @pytest.fixture(autouse=True)
 def _poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory that aotrain allocates without initializing holds NaN (or a large integer), so reading it shows."""
-    monkeypatch.setattr(torch, "empty", _poisoning(torch.empty, traceable=torch.empty))
-    monkeypatch.setattr(torch, "empty_like", _poisoning(torch.empty_like, traceable=torch.empty_like))
+    monkeypatch.setattr(torch, "empty", _poisoning(torch.empty, traceable=_traceable_empty))
+    monkeypatch.setattr(torch, "empty_like", _poisoning(torch.empty_like, traceable=torch.ops.aten.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", _poisoning(torch.Tensor.new_empty, traceable=_traceable_new_empty))
 
 
@@ -83,10 +83,20 @@ def _poisoning(
     return allocate_poisoned
 
 
+# For Dynamo: aten ops, which it knows by themselves. It knows torch.empty by its place in the module, which is taken
+# here whenever a test resets Dynamo's tables, and cannot call Tensor.new_empty through its descriptor.
+
+
+def _traceable_empty(*size: Any, **kwargs: Any) -> torch.Tensor:
+    return torch.ops.aten.empty(_shape(size), **kwargs)
+
+
 def _traceable_new_empty(x: torch.Tensor, *size: Any, **kwargs: Any) -> torch.Tensor:
-    """Tensor.new_empty for Dynamo, which cannot call the method through its descriptor."""
-    shape = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
-    return torch.ops.aten.new_empty(x, shape, **kwargs)
+    return torch.ops.aten.new_empty(x, _shape(size), **kwargs)
+
+
+def _shape(size: tuple[Any, ...]) -> Any:
+    return size[0] if len(size) == 1 and not isinstance(size[0], int) else size
 
 
 def _poison(x: torch.Tensor) -> None:
