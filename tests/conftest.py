@@ -71,7 +71,7 @@ def _poisoning(
     allocate: Callable[..., torch.Tensor], traceable: Callable[..., torch.Tensor]
 ) -> Callable[..., torch.Tensor]:
     def allocate_poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
-        if torch.compiler.is_compiling():  # frame inspection breaks a graph, and a fill would be recorded in it
+        if torch.compiler.is_dynamo_compiling():  # frame inspection breaks a graph, a fill would be recorded in it
             return traceable(*args, **kwargs)
         result = allocate(*args, **kwargs)
         caller = sys._getframe(1).f_globals.get("__name__", "")
