@@ -1,6 +1,8 @@
 """Run a function on several gloo processes and bring back what each returned."""
 
+import os
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,12 @@ def _entry(rank: int, world_size: int, folder: str, function: Callable[..., Any]
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-    try:
-        torch.save(function(rank, world_size, *args), Path(folder) / f"{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+    result = function(rank, world_size, *args)
+    partial = Path(folder) / f"{rank}.partial"
+    torch.save(result, partial)
+    partial.rename(Path(folder) / f"{rank}.pt")
+    # Leave only when every rank has its result, and without tearing gloo down: a rank that did so while another was still
+    # busy was seen to abort ("terminate called without an active exception") after its work was done.
+    while not all((Path(folder) / f"{other}.pt").exists() for other in range(world_size)):
+        time.sleep(0.01)
+    os._exit(0)
