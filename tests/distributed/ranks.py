@@ -30,8 +30,8 @@ def _entry(rank: int, world_size: int, folder: str, function: Callable[..., Any]
     partial = Path(folder) / f"{rank}.partial"
     torch.save(result, partial)
     partial.rename(Path(folder) / f"{rank}.pt")
-    # Leave only when every rank has its result, and without tearing gloo down: a rank that did so while another was still
-    # busy was seen to abort ("terminate called without an active exception") after its work was done.
+    # Leave only when every rank has its result, and without tearing gloo down: a rank that did so while another was
+    # still busy was seen to abort ("terminate called without an active exception") after its work was done.
     while not all((Path(folder) / f"{other}.pt").exists() for other in range(world_size)):
         time.sleep(0.01)
     os._exit(0)
