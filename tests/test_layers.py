@@ -11,10 +11,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # What each part may import, besides itself.
 ALLOWED = {
-    "_build": set(),
     "formats": set(),
     "recipes": {"formats"},
-    "kernels": {"formats", "_build"},
+    "kernels": {"formats"},
     "ops": {"formats", "recipes", "kernels"},
     "nn": {"formats", "recipes", "kernels", "ops"},
     "optim": {"formats", "kernels"},
