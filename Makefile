@@ -6,6 +6,8 @@ TORCH  ?= torch==2.13.0
 TRITON ?= triton==3.7.1
 
 BIN := $(VENV)/bin
+# Installing builds the C++ kernels.
+NATIVE := setup.py aotrain/_build.py $(wildcard csrc/cpu/*)
 # Spinning threads of several processes on few cores are up to 20 times slower than one thread each.
 export OMP_NUM_THREADS ?= 1
 
@@ -36,10 +38,10 @@ $(VENV)/torch.stamp: Makefile
 	$(BIN)/python -m pip install --quiet $(TRITON)
 	touch $@
 
-$(VENV)/titan.stamp: $(VENV)/torch.stamp pyproject.toml
+$(VENV)/titan.stamp: $(VENV)/torch.stamp pyproject.toml $(NATIVE)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[titan]"
 	touch $@
 
-$(VENV)/dev.stamp: $(VENV)/torch.stamp pyproject.toml
+$(VENV)/dev.stamp: $(VENV)/torch.stamp pyproject.toml $(NATIVE)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
 	touch $@

@@ -5,7 +5,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from aotrain.optim.base import LowBitOptimizer
+from aotrain.kernels.adam import AdamScalars
+from aotrain.optim.base import LowBitOptimizer, ParamStep
+from aotrain.optim.fused import fused_adam_steps
 from aotrain.optim.sharding import local_of
 from aotrain.optim.state import adam_moment_names
 from aotrain.optim.step import adam_scalars, adam_update
@@ -71,7 +73,10 @@ class _LowBitAdam(LowBitOptimizer):
         step: int,
     ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
         """`aotrain.optim.step.adam_update` with the scalars of this step."""
-        scalars = adam_scalars(
+        return adam_update(local_of(param).float(), grad, moments, self._scalars(group, step))
+
+    def _scalars(self, group: Mapping[str, Any], step: int) -> AdamScalars:
+        return adam_scalars(
             lr=float(group["lr"]),
             betas=group["betas"],
             eps=group["eps"],
@@ -79,7 +84,9 @@ class _LowBitAdam(LowBitOptimizer):
             decoupled=self.decoupled_weight_decay,
             step=step,
         )
-        return adam_update(local_of(param).float(), grad, moments, scalars)
+
+    def _step_fused(self, steps: list[ParamStep]) -> list[ParamStep]:
+        return fused_adam_steps(steps, self._scalars)
 
 
 class _LowBitAdamW(_LowBitAdam):

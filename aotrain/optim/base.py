@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, overload
 
 import torch
@@ -10,6 +11,49 @@ from aotrain.formats import BFLOAT16, philox_bits16, round_stochastic
 from aotrain.optim.load import load_state
 from aotrain.optim.sharding import global_index, local_of
 from aotrain.optim.state import DEFAULT_BLOCK_SIZE, Moment, block_moments, check_bits
+
+
+@dataclass(frozen=True, slots=True)
+class ParamStep:
+    """One parameter's part of one `step()`.
+
+    Attributes:
+        param: the parameter, a DTensor if it is sharded.
+        grad: its gradient on this rank, dense, of any floating dtype.
+        group: its parameter group.
+        state: its state, created if this is the first step.
+        moments: how the state is stored.
+        number: 1 for the first step of this parameter.
+        position: of the parameter among all parameters of the optimizer.
+    """
+
+    param: torch.Tensor
+    grad: torch.Tensor
+    group: dict[str, Any]
+    state: dict[str, torch.Tensor]
+    moments: tuple[Moment, ...]
+    number: int
+    position: int
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether the new parameter is rounded stochastically."""
+        return self.group["bf16_stochastic_round"] and self.param.dtype == torch.bfloat16
+
+    @property
+    def rounding_key(self) -> int:
+        """64-bit Philox key of this parameter at this step, decorrelated by splitmix64's finalizer.
+
+        Source: Steele et al., "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014.
+        """
+        mask = (1 << 64) - 1
+        key = self.group["seed"] & mask
+        for word in (self.number, self.position):
+            key = (key + (word + 1) * 0x9E3779B97F4A7C15) & mask
+            key = ((key ^ (key >> 30)) * 0xBF58476D1CE4E5B9) & mask
+            key = ((key ^ (key >> 27)) * 0x94D049BB133111EB) & mask
+            key ^= key >> 31
+        return key
 
 
 class LowBitOptimizer(torch.optim.Optimizer, ABC):
@@ -115,12 +159,8 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        position = 0
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    self._step_param(param, param.grad, group, position)
-                position += 1
+        for step in self._step_fused(self._begin_steps()):
+            self._step_reference(step)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -132,11 +172,23 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
         """
         load_state(self, state_dict, self.moments, super().load_state_dict)
 
-    def _step_param(self, param: torch.Tensor, grad: torch.Tensor, group: dict[str, Any], position: int) -> None:
-        if grad.is_sparse:
-            raise RuntimeError(
-                "Sparse gradient is not supported by low-bit optimizers; build the embedding with sparse=False."
-            )
+    def _begin_steps(self) -> list[ParamStep]:
+        """Count the step of every parameter that has a gradient, and create its state if it has none."""
+        found = []
+        position = 0
+        for group in self.param_groups:
+            for param in group["params"]:
+                if (grad := param.grad) is not None:
+                    if grad.is_sparse:
+                        raise RuntimeError(
+                            "Sparse gradient is not supported by low-bit optimizers; build the embedding with "
+                            "sparse=False."
+                        )
+                    found.append((param, local_of(grad), group, position))
+                position += 1
+        return [self._begin_step(*each) for each in found]
+
+    def _begin_step(self, param: torch.Tensor, grad: torch.Tensor, group: dict[str, Any], position: int) -> ParamStep:
         moments = self.moments(param, group)
         state = self.state[param]
         if not state:
@@ -144,22 +196,22 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
             for moment in moments:
                 state.update(moment.init(param))
         state["step"] += 1
-        step = int(state["step"].item())
-        if self._step_fused(param, grad, group, step):
-            return
-        local = local_of(param)
-        values = [moment.read(state, local) for moment in moments]
-        local_grad = local_of(grad).float()
-        updated, new_values = self.update(param, -local_grad if group["maximize"] else local_grad, values, group, step)
-        for moment, value in zip(moments, new_values, strict=True):
-            moment.write(state, value)
-        if group["bf16_stochastic_round"] and local.dtype == torch.bfloat16:
-            updated = _round_to_bfloat16(updated, param, _sr_key(group["seed"], step, position))
-        local.copy_(updated)
+        return ParamStep(param, grad, group, state, moments, int(state["step"].item()), position)
 
-    def _step_fused(self, param: torch.Tensor, grad: torch.Tensor, group: dict[str, Any], step: int) -> bool:
-        """Do the whole update in one kernel, if there is one for this parameter; returns whether it did."""
-        return False
+    def _step_fused(self, steps: list[ParamStep]) -> list[ParamStep]:
+        """Do the steps that a kernel can do; returns the others."""
+        return steps
+
+    def _step_reference(self, step: ParamStep) -> None:
+        local, group = local_of(step.param), step.group
+        values = [moment.read(step.state, local) for moment in step.moments]
+        grad = step.grad.float()
+        updated, new_values = self.update(step.param, -grad if group["maximize"] else grad, values, group, step.number)
+        for moment, value in zip(step.moments, new_values, strict=True):
+            moment.write(step.state, value)
+        if step.stochastic:
+            updated = _round_to_bfloat16(updated, step.param, step.rounding_key)
+        local.copy_(updated)
 
 
 def check_options(options: Mapping[str, Any]) -> None:
@@ -183,18 +235,3 @@ def _round_to_bfloat16(updated: torch.Tensor, param: torch.Tensor, key: int) -> 
     rounded = round_stochastic(updated, BFLOAT16, philox_bits16(key, global_index(param))).float()
     # round_stochastic saturates; a weight that overflowed must stay visible.
     return torch.where(updated.isfinite(), rounded, updated)
-
-
-def _sr_key(seed: int, step: int, position: int) -> int:
-    """64-bit Philox key of one parameter at one step, decorrelated by splitmix64's finalizer.
-
-    Source: Steele et al., "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014.
-    """
-    mask = (1 << 64) - 1
-    key = seed & mask
-    for word in (step, position):
-        key = (key + (word + 1) * 0x9E3779B97F4A7C15) & mask
-        key = ((key ^ (key >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        key = ((key ^ (key >> 27)) * 0x94D049BB133111EB) & mask
-        key ^= key >> 31
-    return key

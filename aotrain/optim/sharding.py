@@ -5,6 +5,7 @@ DTensor; whoever made that parameter has imported it already.
 """
 
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -99,13 +100,31 @@ def local_part(full: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
 def global_index(param: torch.Tensor) -> torch.Tensor:
     """Row-major position of each local element in the global parameter, int64 in the local shape."""
     local = local_of(param)
-    offsets = [0] * param.ndim
-    if is_dtensor(param):
-        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-        _, offsets = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
     index = torch.zeros((), dtype=torch.int64, device=local.device)
-    for dim, offset in enumerate(offsets):
+    for dim, offset in enumerate(_offsets(param)):
         positions = torch.arange(offset, offset + local.shape[dim], device=local.device)
         index = index * param.shape[dim] + positions.view(-1, *[1] * (param.ndim - dim - 1))
     return index.expand(local.shape)
+
+
+def row_index(param: torch.Tensor) -> tuple[int, int] | None:
+    """(first, stride) such that element c of local row r is at first + r * stride + c in the global parameter.
+
+    A row is what follows dimension 0. None if a row is not contiguous in the global parameter.
+    """
+    local, offsets = local_of(param), _offsets(param)
+    if tuple(local.shape[2:]) != tuple(param.shape[2:]):
+        return None
+    first = 0
+    for size, offset in zip(param.shape, offsets, strict=True):
+        first = first * size + offset
+    return first, param.shape[1:].numel()
+
+
+def _offsets(param: torch.Tensor) -> Sequence[int]:
+    """Where this rank's part begins in each dimension."""
+    if not is_dtensor(param):
+        return [0] * param.ndim
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    return compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)[1]

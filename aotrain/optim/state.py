@@ -17,7 +17,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -51,6 +51,8 @@ def row_length(shape: Sequence[int]) -> int:
 class Float32Moment:
     """A moment stored as one float32 tensor of the parameter's shape."""
 
+    kernel_format: ClassVar[str] = "float32"
+
     name: str
 
     @property
@@ -79,7 +81,10 @@ class BlockMoment(ABC):
         name: prefix of the state keys.
         signed: whether values can be negative (first moment) or not (second moment).
         block_size: elements per scale along a row.
+        kernel_format: what `aotrain.kernels.adam` calls this format.
     """
+
+    kernel_format: ClassVar[str]
 
     name: str
     signed: bool
@@ -142,6 +147,8 @@ class BlockMoment(ABC):
 class Dynamic8bitMoment(BlockMoment):
     """One byte per value: a code of the 8-bit dynamic map."""
 
+    kernel_format = "dynamic8"
+
     def _encode(self, rows: torch.Tensor) -> torch.Tensor:
         return encode_dynamic(rows, self.signed)
 
@@ -152,6 +159,8 @@ class Dynamic8bitMoment(BlockMoment):
 @dataclass(frozen=True, slots=True)
 class Dynamic4bitMoment(BlockMoment):
     """Half a byte per value: codes of the 4-bit maps, two per byte along a row; codes are uint8 [d0, ceil(R / 2)]."""
+
+    kernel_format = "dynamic4"
 
     def codes_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Rows of packed codes."""
@@ -170,6 +179,8 @@ class Float8Moment(BlockMoment):
 
     The codes are stored as uint8: gloo cannot send float8 tensors, and a full state_dict has to be gathered.
     """
+
+    kernel_format = FLOAT8_E4M3.name
 
     def _scale(self, amax: torch.Tensor) -> torch.Tensor:
         return amax / torch.full_like(amax, FLOAT8_E4M3.max)

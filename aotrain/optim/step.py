@@ -6,22 +6,10 @@ All arithmetic is float32, one rounding per operation, in the order written here
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AdamScalars:
-    """The scalars of one step of one parameter group; see `adam_scalars`."""
-
-    one_minus_beta1: float
-    one_minus_beta2: float
-    eps: float
-    decay_factor: float
-    coupled_decay: float
-    step_size: float
-    inv_sqrt_bias_correction2: float
+from aotrain.kernels.adam import AdamScalars
 
 
 def adam_scalars(

@@ -1,0 +1,246 @@
+"""The fused CPU step against the reference: codes, scales and parameters bit for bit, on every instruction set."""
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from aotrain import _build
+from aotrain.formats.codebook import _boundaries
+from aotrain.kernels import adam as kernel
+from aotrain.kernels.adam import AdamScalars, AdamTensors
+from aotrain.optim.state import Dynamic8bitMoment
+from aotrain.optim.step import adam_scalars, adam_update
+from aotrain.testing import assert_bitwise_equal
+
+DTYPES = [torch.float32, torch.bfloat16]
+SHAPES = [((3, 1000), 256), ((5, 64), 256), ((2, 7, 33), 32), ((4, 500), 100), ((2, 300), 17), ((1, 257), 256)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _built() -> None:
+    if _build.disabled():
+        pytest.skip("AOTRAIN_NO_NATIVE is set")
+    try:
+        _build.build_library(Path(_build.sources()[0]).with_name("adam.cpp"))
+    except _build.BuildError as error:
+        pytest.skip(str(error))
+    kernel._library.cache_clear()
+    kernel.native_library.cache_clear()
+
+
+@pytest.fixture(params=[kernel.ISA_SCALAR, kernel.ISA_AVX512], ids=["scalar", "avx512"])
+def isa(request: pytest.FixtureRequest) -> int:
+    library, reason = kernel._library()
+    assert library is not None, reason
+    if request.param > library.aotrain_adam_isa():
+        pytest.skip("this CPU has no AVX-512")
+    return request.param
+
+
+def moments(block_size: int) -> tuple[Dynamic8bitMoment, Dynamic8bitMoment]:
+    return Dynamic8bitMoment("m", True, block_size), Dynamic8bitMoment("v", False, block_size)
+
+
+def scalars_of(step: int, *, lr: float = 1e-3, decoupled: bool = True, **overrides: object) -> AdamScalars:
+    common = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01, **overrides}
+    return adam_scalars(lr=lr, decoupled=decoupled, step=step, **common)
+
+
+def same(actual: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+    """Equal bits, but NaNs of any payload are equal: IEEE 754 leaves it open which operand's payload survives."""
+    if actual.is_floating_point():
+        actual, expected = (torch.where(x.isnan(), torch.full_like(x, torch.nan), x) for x in (actual, expected))
+    assert_bitwise_equal(actual, expected, what=what)
+
+
+class Pair:
+    """Parameter and state stepped by both implementations."""
+
+    def __init__(self, param: torch.Tensor, block_size: int) -> None:
+        self.block_size, self.moments = block_size, moments(block_size)
+        zeros = torch.zeros(param.shape)
+        self.want = [param.clone(), *(x for moment in self.moments for x in moment.encode(zeros))]
+        self.got = [x.clone() for x in self.want]
+
+    def step(self, grad: torch.Tensor, scalars: AdamScalars, isa: int, *, maximize: bool = False) -> None:
+        param, *state = self.want
+        pairs = list(zip(self.moments, (state[:2], state[2:]), strict=True))
+        values = [moment.decode(*codes_scale, param.shape) for moment, codes_scale in pairs]
+        sign = -1 if maximize else 1
+        updated, new = adam_update(param.float(), sign * grad.float(), values, scalars)
+        encoded = [x for moment, value in zip(self.moments, new, strict=True) for x in moment.encode(value)]
+        self.want = [updated.to(param.dtype), *encoded]
+        param, *state = self.got
+        lists = [[x] for x in (param, grad, *state)]
+        options = {"state_format": "dynamic8", "block_size": self.block_size, "maximize": maximize}
+        kernel._cpu(*lists, **options, **scalars._asdict(), isa=isa)
+
+    def check(self) -> None:
+        names = ("param", "exp_avg_codes", "exp_avg_scale", "exp_avg_sq_codes", "exp_avg_sq_scale")
+        for name, got, want in zip(names, self.got, self.want, strict=True):
+            same(got, want, name)
+
+
+@pytest.mark.parametrize(("shape", "block_size"), SHAPES)
+@pytest.mark.parametrize("param_dtype", DTYPES)
+@pytest.mark.parametrize("grad_dtype", DTYPES)
+def test_many_steps(
+    shape: tuple[int, ...], block_size: int, param_dtype: torch.dtype, grad_dtype: torch.dtype, isa: int
+):
+    pair = Pair(torch.randn(shape).to(param_dtype), block_size)
+    for step in range(1, 21):
+        # Magnitudes over many decades, so that all of the maps are used.
+        grad = (torch.randn(shape) * torch.exp(torch.randn(shape) * 3)).to(grad_dtype)
+        pair.step(grad, scalars_of(step), isa)
+        pair.check()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "magnitude", [0.0, 1e-45, 1e-40, 1e-30, 1e-20, 1e-7, 1e15, 1e25, 1e36, 3e38, math.inf, math.nan]
+)
+def test_extreme_gradients(magnitude: float, dtype: torch.dtype, isa: int):
+    shape = (4, 700)
+    pair = Pair(torch.randn(shape).to(dtype), 128)
+    for step in range(1, 6):
+        grad = torch.randn(shape).clamp(-1, 1)
+        grad[1] *= magnitude
+        grad[2, ::7] = 0.0
+        grad[3, 650] = -magnitude
+        pair.step(grad.to(dtype), scalars_of(step), isa)
+        pair.check()
+
+
+@pytest.mark.parametrize(
+    "overrides", [{"decoupled": False}, {"weight_decay": 0.0}, {"eps": 0.0}, {"betas": (0.0, 0.0)}]
+)
+@pytest.mark.parametrize("maximize", [False, True])
+def test_options(overrides: dict[str, object], maximize: bool, isa: int):
+    pair = Pair(torch.randn(3, 300), 64)
+    for step in range(1, 6):
+        pair.step(torch.randn(3, 300), scalars_of(step, **overrides), isa, maximize=maximize)
+        pair.check()
+
+
+@pytest.mark.parametrize("top", [1.0, 0.37, 3.1e-5, 1e20, 2e38, 1e-13])
+def test_every_midpoint_and_its_neighbours(top: float, isa: int):
+    """Gradients become moments unchanged (beta = 0), so any value can be encoded."""
+    signed = _boundaries(True, torch.device("cpu"), 8)
+    values = torch.cat([signed, _boundaries(False, torch.device("cpu"), 8), torch.zeros(1), -torch.zeros(1)])
+    for _ in range(4):
+        nearby = [values.nextafter(torch.tensor(sign * math.inf)) for sign in (-1, 1)]
+        values = torch.cat([values, *nearby]).unique()
+    values = torch.cat([values, -values, torch.rand(4096), torch.exp(-20 * torch.rand(4096))]) * top
+    rows = torch.nn.functional.pad(values, (0, -len(values) % 255)).view(-1, 255)
+    grad = torch.nn.functional.pad(rows, (0, 1), value=top).contiguous()
+    for beta2_zero in (grad, grad.abs().sqrt()):
+        pair = Pair(torch.randn(grad.shape), 256)
+        pair.step(beta2_zero, scalars_of(1, betas=(0.0, 0.0)), isa)
+        pair.check()
+
+
+def test_bfloat16_parameters_keep_nan_and_round_to_even(isa: int):
+    param = torch.tensor([math.nan, math.inf, -math.inf, 3.38e38, 0.0, -0.0, 1e-40, 1.0] * 16).bfloat16().view(2, 64)
+    pair = Pair(param, 64)
+    for step in range(1, 4):
+        pair.step(torch.randn(2, 64), scalars_of(step, lr=1e-2), isa)
+        pair.check()
+
+
+def arguments(shape: tuple[int, int] = (4, 96)) -> AdamTensors:
+    pair = Pair(torch.randn(shape), 32)
+    param, *state = pair.got
+    return AdamTensors(param, torch.randn(shape), *state)
+
+
+FORMAT = {"state_format": "dynamic8", "block_size": 32}
+
+
+def test_the_op_checks_out():
+    lists = [[x, y] for x, y in zip(arguments()[:6], arguments((3, 64))[:6], strict=True)]
+    torch.library.opcheck(torch.ops.aotrain.adam_.default, tuple(lists), {**FORMAT, **scalars_of(1)._asdict()})
+
+
+def test_threads_do_not_change_the_result():
+    tensors = arguments((64, 2048))
+    copies = AdamTensors(*(x.clone() for x in tensors[:6]))
+    threads = torch.get_num_threads()
+    kernel.adam_step([tensors], scalars_of(1), **FORMAT)
+    try:
+        torch.set_num_threads(2)
+        kernel.adam_step([copies], scalars_of(1), **FORMAT)
+    finally:
+        torch.set_num_threads(threads)
+    for got, want in zip(copies[:6], tensors[:6], strict=True):
+        assert_bitwise_equal(got, want)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda t: t._replace(param=t.param.half()), "float16"),
+        (lambda t: t._replace(grad=t.grad.t().contiguous().t()), "not contiguous"),
+        (lambda t: t._replace(grad=t.grad[:3].contiguous()), "gradient's shape"),
+        (lambda t: t._replace(exp_avg_scale=t.exp_avg_scale[:, :1].contiguous()), "scales must be"),
+        (lambda t: t._replace(exp_avg_sq_scale=None), "scales must be"),
+        (lambda t: t._replace(exp_avg=t.exp_avg.int()), "state must be"),
+        (lambda t: AdamTensors(*(x.to("meta") for x in t[:6])), "meta"),
+        (lambda t: t._replace(grad=t.grad.to("meta")), "not dense on cpu"),
+    ],
+)
+def test_what_the_kernel_cannot_take(change: Callable[[AdamTensors], AdamTensors], problem: str):
+    assert problem in str(kernel.adam_problem(change(arguments()), **FORMAT))
+    assert kernel.adam_problem(arguments(), **FORMAT) is None
+
+
+def test_empty():
+    tensors = arguments((0, 96))
+    assert kernel.adam_problem(tensors, **FORMAT) is None
+    kernel.adam_step([tensors], scalars_of(1), **FORMAT)
+
+
+@pytest.mark.parametrize("compiler", ["/nonexistent/g++", "false"])
+def test_a_broken_compiler_gives_a_message_and_no_library(
+    compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("CXX", compiler)
+    source = _build.sources()[0]
+    with pytest.raises(_build.BuildError, match="no C\\+\\+ compiler" if "/" in compiler else "exit status 1"):
+        _build.build_library(source, tmp_path)
+    assert _build.build_all(tmp_path) == []
+    assert "PyTorch code runs instead" in capfd.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_compiler_error_is_shown(tmp_path: Path):
+    source = tmp_path / "wrong.cpp"
+    source.write_text("int f( { return missing; }\n")
+    with pytest.raises(_build.BuildError, match="error"):
+        _build.build_library(source, tmp_path / "lib")
+    assert list((tmp_path / "lib").iterdir()) == []
+
+
+def test_a_new_source_replaces_the_old_library(tmp_path: Path):
+    source = tmp_path / "sum.cpp"
+    source.write_text('extern "C" int f() { return 1; }\n')
+    first = _build.build_library(source, tmp_path / "lib")
+    source.write_text('extern "C" int f() { return 2; }\n')
+    assert _build.build_library(source, tmp_path / "lib") != first
+    assert not first.exists()
+
+
+def test_switched_off_by_the_environment():
+    script = (
+        "from aotrain import _build\nfrom aotrain.kernels._native import native_library\n"
+        "assert _build.build_all() == []\nprint(native_library('adam'))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, "AOTRAIN_NO_NATIVE": "1"}, capture_output=True, text=True
+    )
+    assert "AOTRAIN_NO_NATIVE is set" in result.stdout, result.stderr
