@@ -25,8 +25,7 @@ def fingerprint(tensor: torch.Tensor) -> tuple[int, int, int]:
 def like_param(param: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
     """`local`, or for a sharded parameter the DTensor on its mesh and with its placements that has this local part.
 
-    DTensor.from_local would move a host tensor to the mesh's device; the constructor keeps it, as FSDP2 itself does to
-    offload parameters.
+    It stays where it is, as in `aotrain.optim.sharding.shard_like`.
     """
     if not is_dtensor(param):
         return local

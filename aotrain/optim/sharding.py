@@ -57,6 +57,7 @@ def shard_like(param: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
     if not is_dtensor(param):
         return local
     from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
     placements: list[Any] = []
     shape = list(local.shape)
@@ -69,13 +70,16 @@ def shard_like(param: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
             placement = Shard(dim)
         placements.append(placement)
     stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(
-        local, param.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
-    )
+    spec = DTensorSpec(param.device_mesh, tuple(placements), TensorMeta(torch.Size(shape), stride, local.dtype))
+    # DTensor.from_local would move state in host memory (CPU offload) to the mesh's device; the constructor keeps it.
+    return DTensor(local, spec, requires_grad=False)
 
 
 def gather_full(local: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
-    """The whole tensor of which each rank holds `local`, sharded as the parameter is. Collective for a DTensor."""
+    """The whole tensor of which each rank holds `local`, sharded as the parameter is.
+
+    Collective for a DTensor, and then on the mesh's device, wherever `local` is.
+    """
     if not is_dtensor(param):
         return local
     from torch.distributed.tensor import DTensor
@@ -88,13 +92,14 @@ def gather_full(local: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
 
 
 def local_part(full: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a tensor that every rank has whole, sharded as the parameter is."""
+    """This rank's part of a tensor that every rank has whole, sharded as the parameter is and on its device."""
     if not is_dtensor(param):
         return full
     from torch.distributed.tensor import distribute_tensor
 
     # src_data_rank=None: nothing is sent, each rank cuts its own part.
-    return distribute_tensor(full, param.device_mesh, param.placements, src_data_rank=None).to_local()
+    local = distribute_tensor(full, param.device_mesh, param.placements, src_data_rank=None).to_local()
+    return local.to(local_of(param).device)
 
 
 def global_index(param: torch.Tensor) -> torch.Tensor:
