@@ -1,0 +1,135 @@
+"""Train the same small Llama on real text in several formats and compare where they end.
+
+    python -m benchmarks.convergence optim [--out benchmarks/results] [--steps 1000]
+
+Every run has the same model, data, seed and schedule; only one key of the job differs. Prints and appends to
+convergence.csv, per run: final validation loss, its distance from the baseline (the first run), the bound that the
+project holds itself to, and where it ran. Exits with an error when a run ends beyond its bound.
+"""
+
+import argparse
+import datetime
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.run import ROOT, append_rows, environment
+
+COLUMNS = (
+    "date", "suite", "run", "steps", "validation_loss", "percent", "bound_percent", "hardware", "driver", "torch",
+    "triton", "commit", "command",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Suite:
+    """Runs that differ in one key.
+
+    Attributes:
+        job: file name in configs/pretrain.
+        steps: optimizer steps of each run.
+        key: the key that differs.
+        baseline: its value in the run that the others are compared with.
+        bounds: other value -> by how many percent its final validation loss may exceed the baseline's.
+        overrides: further keys, the same for all runs.
+    """
+
+    job: str
+    steps: int
+    key: str
+    baseline: str
+    bounds: Mapping[str, float]
+    overrides: Mapping[str, str]
+
+
+# A loss over 100k tokens; the checkpoints are not needed.
+_COMMON = {"validation.steps": "50", "checkpoint.enabled": "false"}
+SUITES = {
+    "optim": Suite(
+        job="llama3_debug_bf16_cpu.yaml",
+        steps=1000,
+        key="optimizer.name",
+        baseline="adamw",
+        bounds={"adamw_8bit": 0.5, "adamw_fp8": 0.5, "adamw_4bit": 1.5},
+        overrides=_COMMON,
+    ),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suite", choices=sorted(SUITES))
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results file")
+    parser.add_argument("--steps", type=int, help="instead of the suite's number of steps")
+    options = parser.parse_args(arguments)
+    command = shlex.join(
+        ["python", "-m", "benchmarks.convergence", *(sys.argv[1:] if arguments is None else arguments)]
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        rows = compare(options.suite, Path(folder), options.steps)
+    append_rows(options.out / "convergence.csv", [row | {"command": command} for row in rows], COLUMNS)
+    return 1 if any(row["percent"] > row["bound_percent"] for row in rows) else 0
+
+
+def compare(
+    suite_name: str, folder: Path, steps: int | None = None, overrides: Mapping[str, str] | None = None
+) -> list[dict[str, Any]]:
+    """Run a suite below a folder; returns one row per run, the baseline first."""
+    suite = SUITES[suite_name]
+    steps = steps or suite.steps
+    where = environment(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    rows: list[dict[str, Any]] = []
+    for value, bound in {suite.baseline: 0.0, **suite.bounds}.items():
+        loss = final_loss(suite, value, steps, folder / value, overrides or {})
+        baseline = rows[0]["validation_loss"] if rows else loss
+        rows.append(
+            {
+                "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+                "suite": suite_name,
+                "run": value,
+                "steps": steps,
+                "validation_loss": loss,
+                "percent": round(100 * (loss / baseline - 1), 3),
+                "bound_percent": bound,
+                **where,
+            }
+        )
+        print(f"{value:24} {loss:.4f} {rows[-1]['percent']:+.2f} % (bound {bound} %)", flush=True)
+    return rows
+
+
+def final_loss(suite: Suite, value: str, steps: int, folder: Path, overrides: Mapping[str, str]) -> float:
+    """Validation loss of one run after its last step."""
+    keys = {
+        **suite.overrides,
+        "training.steps": str(steps),
+        "validation.every": str(steps),
+        "output_dir": str(folder),
+        suite.key: value,
+        **overrides,
+    }
+    job = ROOT / "configs" / "pretrain" / suite.job
+    settings = [argument for key, text in keys.items() for argument in ("--set", f"{key}={text}")]
+    done = subprocess.run(
+        [sys.executable, "-m", "aotrain.cli", "pretrain", str(job), *settings],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"the run with {suite.key}={value} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+    return json.loads((folder / "summary.json").read_text(encoding="utf-8"))["validation_loss"]["last"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
