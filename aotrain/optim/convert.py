@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from aotrain.formats.scaling import expand_blocks
+from aotrain.optim.load import check_finite
 from aotrain.optim.sharding import is_dtensor
 from aotrain.optim.state import (
     STATE_FORMATS,
@@ -55,7 +56,8 @@ def convert_state(state_dict: Mapping[str, Any], optimizer: torch.optim.Optimize
             checkpoint.
 
     Raises:
-        ValueError: other parameters, a state of unknown layout, a moment missing in the source, or sharded tensors.
+        ValueError: other parameters, a state of unknown layout, a moment missing in the source or not
+            finite, or sharded tensors.
     """
     params = [(param, group) for group in optimizer.param_groups for param in group["params"]]
     sources = _sources(state_dict["param_groups"], optimizer.param_groups)
@@ -105,6 +107,7 @@ def _convert(
     converted = {"step": torch.as_tensor(saved.get("step", 0.0), dtype=torch.float32).cpu().clone()}
     for moment in _target_moments(param, group):
         source = _read(label, moment.name, saved, saved_group, param.shape)
+        check_finite(label, {moment.name: source.value})
         converted.update(_write(moment, source))
     return converted
 

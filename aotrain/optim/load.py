@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from aotrain.optim.sharding import is_dtensor
+from aotrain.optim.sharding import is_dtensor, local_of
 from aotrain.optim.state import Moment
 
 
@@ -28,7 +28,8 @@ def load_state(
         load_groups: `Optimizer.load_state_dict` of the base class.
 
     Raises:
-        ValueError: different parameters, or state that this optimizer would not have created for a parameter.
+        ValueError: different parameters, state that this optimizer would not have created for a parameter, or state
+            that is not finite.
     """
     saved_groups = state_dict["param_groups"]
     saved_ids = [index for group in saved_groups for index in group["params"]]
@@ -75,7 +76,21 @@ def _checked(
                 "(use torch.distributed.checkpoint.state_dict to move state between sharded and full)."
             )
         result[key] = value.detach().to(like.device, copy=True)
+    check_finite(label, result)
     return result
+
+
+def check_finite(label: str, state: Mapping[str, torch.Tensor]) -> None:
+    """Raise ValueError naming the first scale, moment or step count of this rank that is NaN or infinite."""
+    for key, value in state.items():
+        local = local_of(value)
+        if local.is_floating_point() and not bool(local.isfinite().all()):
+            count = int((~local.isfinite()).sum())
+            raise ValueError(
+                f"Optimizer state {key} of {label} has {count} NaN or infinite values of {local.numel()}: the run had "
+                "diverged when it was saved, or the file is damaged. Load an earlier checkpoint, or start with fresh "
+                "optimizer state."
+            )
 
 
 def _label(group: dict[str, Any], param: torch.Tensor, index: Any) -> str:

@@ -159,9 +159,10 @@ def test_parameters_are_matched_by_name_where_both_have_names():
     [
         (lambda sd: sd["state"][0].pop("exp_avg_sq"), "no exp_avg_sq in the state of parameter 0"),
         (lambda sd: sd["state"][0].update(exp_avg=torch.ones(5)), "5 elements for parameter 0"),
+        (lambda sd: sd["state"][0]["exp_avg"].fill_(torch.nan), "exp_avg of parameter 0 .* NaN"),
         (lambda sd: sd["param_groups"][0].update(params=[0, 1, 2]), "3 parameters for an optimizer of 4"),
     ],
-    ids=["missing", "another model", "fewer"],
+    ids=["missing", "another model", "NaN", "fewer"],
 )
 def test_bad_sources_are_named(change, message: str):
     model, source = trained(torch.optim.AdamW)

@@ -1,6 +1,7 @@
 """Saving and loading optimizer state: files, exact resume, and every way to get it wrong."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -71,10 +72,15 @@ def corrupt(state_dict, **changes):
         (lambda sd: corrupt(sd, exp_avg_codes=lambda t: t[:-1]), r"exp_avg_codes of parameter 0.*\(95, 128\).*want"),
         (lambda sd: corrupt(sd, exp_avg_codes=lambda t: t.float()), "dtype torch.float32, want"),
         (lambda sd: corrupt(sd, exp_avg_sq_scale=lambda t: t.repeat(1, 2)), "another block_size"),
+        (
+            lambda sd: corrupt(sd, exp_avg_sq_scale=lambda t: t.index_fill(0, torch.tensor(3), math.nan)),
+            "exp_avg_sq_scale of parameter 0 .*1 NaN",
+        ),
+        (lambda sd: corrupt(sd, step=lambda t: t * math.inf), "step of parameter 0 .*infinite"),
         (lambda sd: sd["state"][0].pop("exp_avg_scale") is None or sd, "has keys"),
         (lambda sd: {**sd, "param_groups": [{**sd["param_groups"][0], "params": [0, 1]}]}, "has 2 parameters"),
     ],
-    ids=["truncated", "dtype", "scale", "missing key", "fewer parameters"],
+    ids=["truncated", "dtype", "scale", "NaN scale", "infinite step", "missing key", "fewer parameters"],
 )
 def test_a_wrong_state_is_refused_and_changes_nothing(change, message: str):
     _, optimizer = trained()
