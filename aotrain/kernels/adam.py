@@ -1,19 +1,17 @@
 """Adam(W) steps of many parameters, each in one fused pass: decode both moments, update, encode both, write back.
 
 `aotrain::adam_` computes the bits of `aotrain.optim.step` on the state of `aotrain.optim.state`. It takes lists, so
-that a GPU steps a whole model in a few launches. On CPU it is the C++ kernel of csrc/cpu/adam.cpp; there is no other
-implementation: ask `adam_problem` first.
+that a GPU steps a whole model in a few launches. On CPU it is the C++ kernel of csrc/cpu/adam.cpp (`_adam_cpu`); there
+is no other implementation: ask `adam_problem` first.
 """
 
-import ctypes
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
+from aotrain.kernels import _adam_cpu
 from aotrain.kernels._library import LIBRARY
-from aotrain.kernels._native import native_library
 
 LIBRARY.define(
     "adam_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_scales,"
@@ -23,11 +21,7 @@ LIBRARY.define(
     " int[] rounding_keys=[], int[] first_indices=[], int[] row_strides=[]) -> ()"
 )
 
-ISA_SCALAR, ISA_AVX512 = 0, 1
-
 _DTYPES = (torch.float32, torch.bfloat16)
-# Below this many parameters a thread costs more than it saves.
-_MIN_PER_THREAD = 32768
 
 
 class AdamTensors(NamedTuple):
@@ -119,7 +113,7 @@ def adam_problem(tensors: AdamTensors, *, state_format: str, block_size: int, st
     problem = _shape_problem(tensors, state_format, block_size)
     if problem is not None:
         return problem
-    return _cpu_problem(state_format, block_size, stochastic and param.dtype == torch.bfloat16)
+    return _adam_cpu.problem(state_format, block_size, stochastic and param.dtype == torch.bfloat16)
 
 
 def _shape_problem(tensors: AdamTensors, state_format: str, block_size: int) -> str | None:
@@ -148,76 +142,6 @@ def _shape_problem(tensors: AdamTensors, state_format: str, block_size: int) -> 
     return None
 
 
-class _Scalars(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_float) for name in AdamScalars._fields),
-        ("maximize", ctypes.c_int32),
-    )
-
-
-def _cpu_problem(state_format: str, block_size: int, stochastic: bool) -> str | None:
-    library, reason = _library()
-    if library is None:
-        return reason
-    if state_format != "dynamic8" or stochastic:
-        return f"there is no CPU kernel for {state_format} state{' with stochastic rounding' if stochastic else ''}"
-    if block_size > library.aotrain_adam_max_block():
-        return f"blocks are limited to {library.aotrain_adam_max_block()} elements"
-    return None
-
-
-@functools.lru_cache(maxsize=1)
-def _library() -> tuple[ctypes.CDLL | None, str | None]:
-    library, reason = native_library("adam")
-    if library is not None:
-        pointer, number, count = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-        library.aotrain_adam.restype = None
-        library.aotrain_adam.argtypes = (
-            *(pointer, number, pointer, number),  # parameter, gradient
-            *(pointer, pointer, pointer, pointer),  # state
-            *(count, count, count),
-            *(ctypes.POINTER(_Scalars), number, number),
-        )
-        library.aotrain_adam_max_block.restype = count
-    return library, reason
-
-
-def _cpu(
-    params: Sequence[torch.Tensor],
-    grads: Sequence[torch.Tensor],
-    exp_avgs: Sequence[torch.Tensor],
-    exp_avg_scales: Sequence[torch.Tensor],
-    exp_avg_sqs: Sequence[torch.Tensor],
-    exp_avg_sq_scales: Sequence[torch.Tensor],
-    *,
-    state_format: str,
-    block_size: int,
-    maximize: bool = False,
-    rounding_keys: Sequence[int] = (),
-    first_indices: Sequence[int] = (),
-    row_strides: Sequence[int] = (),
-    isa: int | None = None,
-    **scalars: float,
-) -> None:
-    """The C++ kernel, which splits blocks over torch's number of threads; tests choose its instruction set."""
-    problem = _cpu_problem(state_format, block_size, bool(rounding_keys))
-    library, _ = _library()
-    if problem is not None or library is None:
-        raise RuntimeError(f"aotrain::adam_ cannot run: {problem}.")
-    c_scalars = _Scalars(**scalars, maximize=maximize)
-    lists = (params, grads, exp_avgs, exp_avg_scales, exp_avg_sqs, exp_avg_sq_scales)
-    for param, grad, *state in zip(*lists, strict=True):
-        if param.numel() == 0:
-            continue
-        library.aotrain_adam(
-            *(param.data_ptr(), param.dtype == torch.bfloat16, grad.data_ptr(), grad.dtype == torch.bfloat16),
-            *(tensor.data_ptr() for tensor in state),
-            *(param.shape[0], param.shape[1:].numel(), block_size),
-            *(ctypes.byref(c_scalars), library.aotrain_adam_isa() if isa is None else isa),
-            max(1, min(torch.get_num_threads(), param.numel() // _MIN_PER_THREAD)),
-        )
-
-
 def _fake(*lists: Sequence[torch.Tensor], **scalars: object) -> None:
     """Nothing to allocate."""
 
@@ -227,5 +151,5 @@ def _signed(key: int) -> int:
     return key - (1 << 64) if key >> 63 else key
 
 
-LIBRARY.impl("adam_", _cpu, "CPU")
+LIBRARY.impl("adam_", _adam_cpu.adam_, "CPU")
 torch.library.register_fake("aotrain::adam_", _fake, lib=LIBRARY)

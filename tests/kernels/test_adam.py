@@ -12,6 +12,7 @@ import torch
 
 from aotrain import _build
 from aotrain.formats.codebook import _boundaries
+from aotrain.kernels import _adam_cpu as cpu
 from aotrain.kernels import adam as kernel
 from aotrain.kernels.adam import AdamScalars, AdamTensors
 from aotrain.optim.state import Dynamic8bitMoment
@@ -30,13 +31,13 @@ def _built() -> None:
         _build.build_library(Path(_build.sources()[0]).with_name("adam.cpp"))
     except _build.BuildError as error:
         pytest.skip(str(error))
-    kernel._library.cache_clear()
-    kernel.native_library.cache_clear()
+    cpu.library.cache_clear()
+    cpu.native_library.cache_clear()
 
 
-@pytest.fixture(params=[kernel.ISA_SCALAR, kernel.ISA_AVX512], ids=["scalar", "avx512"])
+@pytest.fixture(params=[cpu.ISA_SCALAR, cpu.ISA_AVX512], ids=["scalar", "avx512"])
 def isa(request: pytest.FixtureRequest) -> int:
-    library, reason = kernel._library()
+    library, reason = cpu.library()
     assert library is not None, reason
     if request.param > library.aotrain_adam_isa():
         pytest.skip("this CPU has no AVX-512")
@@ -79,7 +80,7 @@ class Pair:
         param, *state = self.got
         lists = [[x] for x in (param, grad, *state)]
         options = {"state_format": "dynamic8", "block_size": self.block_size, "maximize": maximize}
-        kernel._cpu(*lists, **options, **scalars._asdict(), isa=isa)
+        cpu.adam_(*lists, **options, **scalars._asdict(), isa=isa)
 
     def check(self) -> None:
         names = ("param", "exp_avg_codes", "exp_avg_scale", "exp_avg_sq_codes", "exp_avg_sq_scale")
