@@ -16,14 +16,14 @@ _MASK32 = 0xFFFFFFFF
 
 
 def philox_u32(seed: int, counter: torch.Tensor) -> torch.Tensor:
-    """32 random bits per counter.
+    """128 random bits per counter, as four words.
 
     Args:
         seed: the 64-bit key.
         counter: int64 tensor of any shape, values >= 0; the low 64 bits of Philox's 128-bit counter.
 
     Returns:
-        int64 tensor of the counter's shape with values in [0, 2^32): the first of Philox's four output words.
+        int64 tensor [..., 4] with values in [0, 2^32): Philox's output words.
     """
     c0, c1 = counter & _MASK32, (counter >> 32) & _MASK32
     c2, c3 = torch.zeros_like(counter), torch.zeros_like(counter)
@@ -33,12 +33,23 @@ def philox_u32(seed: int, counter: torch.Tensor) -> torch.Tensor:
         high1, low1 = _multiply_wide(c2, _ROUND_MULTIPLIERS[1])
         c0, c1, c2, c3 = high1 ^ c1 ^ key0, low1, high0 ^ c3 ^ key1, low0
         key0, key1 = (key0 + _KEY_INCREMENTS[0]) & _MASK32, (key1 + _KEY_INCREMENTS[1]) & _MASK32
-    return c0
+    return torch.stack([c0, c1, c2, c3], dim=-1)
 
 
-def philox_bits16(seed: int, counter: torch.Tensor) -> torch.Tensor:
-    """16 random bits per counter, int64 in [0, 2^16): the noise that `round_stochastic` takes."""
-    return philox_u32(seed, counter) >> 16
+def philox_bits16(seed: int, index: torch.Tensor) -> torch.Tensor:
+    """16 random bits per index, int64 in [0, 2^16): the noise that `round_stochastic` takes.
+
+    Eight neighbours share one Philox call, which is what a kernel limited by memory bandwidth can afford: index i takes
+    the low (i even) or high (i odd) half of word `i // 2 % 4` of counter `i // 8`.
+
+    Args:
+        seed: the 64-bit key.
+        index: int64 tensor of any shape, values >= 0.
+    """
+    # Neighbouring indices are neighbours in the tensor as a rule: find each counter once.
+    counters, at = (index >> 3).unique_consecutive(return_inverse=True)
+    words = philox_u32(seed, counters)[at, (index >> 1) & 3]
+    return (words >> ((index & 1) << 4)) & 0xFFFF
 
 
 def _multiply_wide(x: torch.Tensor, multiplier: int) -> tuple[torch.Tensor, torch.Tensor]:

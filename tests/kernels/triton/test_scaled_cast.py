@@ -71,8 +71,9 @@ def _scales_kernel(
 @triton.jit
 def _randint_kernel(counter_ptr, out_ptr, seed, N: tl.constexpr):
     offsets = tl.arange(0, N)
-    bits = tl.randint(seed, tl.load(counter_ptr + offsets))
-    tl.store(out_ptr + offsets, bits.to(tl.uint32, bitcast=True).to(tl.int64))
+    words = tl.randint4x(seed, tl.load(counter_ptr + offsets))
+    for word in tl.static_range(4):
+        tl.store(out_ptr + offsets * 4 + word, words[word].to(tl.uint32, bitcast=True).to(tl.int64))
 
 
 def test_one_float32_division_equals_the_definition_in_float64() -> None:
@@ -153,7 +154,7 @@ class TestInterpreted:
     @pytest.mark.parametrize("seed", [0, 1, 0x9E3779B97F4A7C15 >> 1, 2**31 + 5])
     def test_triton_randint_is_philox_u32(self, seed: int) -> None:
         counters = torch.cat([torch.arange(500), torch.randint(0, 2**62, (12,))])
-        out = torch.zeros(512, dtype=torch.int64)
+        out = torch.zeros(512, 4, dtype=torch.int64)
         _randint_kernel[(1,)](counters, out, seed, N=512)
         assert_bitwise_equal(out, philox_u32(seed, counters))
 
