@@ -97,7 +97,7 @@ def adam_step(
     )
 
 
-def adam_problem(tensors: AdamTensors, *, state_format: str, block_size: int, stochastic: bool = False) -> str | None:
+def adam_problem(tensors: AdamTensors, *, state_format: str, block_size: int) -> str | None:
     """Why no kernel can take this parameter; None when one can."""
     param, grad, *state = tensors[:6]
     present = [param, grad, *(tensor for tensor in state if tensor is not None)]
@@ -113,7 +113,7 @@ def adam_problem(tensors: AdamTensors, *, state_format: str, block_size: int, st
     problem = _shape_problem(tensors, state_format, block_size)
     if problem is not None:
         return problem
-    return _adam_cpu.problem(state_format, block_size, stochastic and param.dtype == torch.bfloat16)
+    return _adam_cpu.problem(state_format, block_size)
 
 
 def _shape_problem(tensors: AdamTensors, state_format: str, block_size: int) -> str | None:

@@ -70,7 +70,7 @@ def _prepare(step: ParamStep) -> tuple[AdamTensors | None, tuple[str, int, bool,
         first_index=index[0],
         row_stride=index[1],
     )
-    problem = adam_problem(tensors, state_format=options[0], block_size=block_size, stochastic=step.stochastic)
+    problem = adam_problem(tensors, state_format=options[0], block_size=block_size)
     return (tensors if problem is None else None), options, problem or ""
 
 

@@ -11,16 +11,24 @@ import pytest
 import torch
 
 from aotrain import _build
+from aotrain.formats import BFLOAT16, philox_bits16, round_stochastic
 from aotrain.formats.codebook import _boundaries
 from aotrain.kernels import _adam_cpu as cpu
 from aotrain.kernels import adam as kernel
 from aotrain.kernels.adam import AdamScalars, AdamTensors
-from aotrain.optim.state import Dynamic8bitMoment
+from aotrain.optim.state import BlockMoment, Dynamic4bitMoment, Dynamic8bitMoment, Float8Moment, Float32Moment
 from aotrain.optim.step import adam_scalars, adam_update
 from aotrain.testing import assert_bitwise_equal
 
 DTYPES = [torch.float32, torch.bfloat16]
-SHAPES = [((3, 1000), 256), ((5, 64), 256), ((2, 7, 33), 32), ((4, 500), 100), ((2, 300), 17), ((1, 257), 256)]
+SHAPES = [((3, 1000), 256), ((5, 64), 256), ((2, 7, 33), 32), ((4, 500), 100), ((2, 301), 18), ((1, 257), 256)]
+# The kernel's name of a format -> the reference's class; None has float32 state.
+FORMATS: dict[str, type[BlockMoment] | None] = {
+    "dynamic8": Dynamic8bitMoment,
+    "dynamic4": Dynamic4bitMoment,
+    "float8_e4m3fn": Float8Moment,
+    "float32": None,
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -35,17 +43,18 @@ def _built() -> None:
     cpu.native_library.cache_clear()
 
 
-@pytest.fixture(params=[cpu.ISA_SCALAR, cpu.ISA_AVX512], ids=["scalar", "avx512"])
-def isa(request: pytest.FixtureRequest) -> int:
+@pytest.fixture(params=list(cpu.ISAS))
+def isa(request: pytest.FixtureRequest) -> str:
     library, reason = cpu.library()
     assert library is not None, reason
-    if request.param > library.aotrain_adam_isa():
-        pytest.skip("this CPU has no AVX-512")
+    if cpu.ISAS[request.param] > library.aotrain_adam_isa():
+        pytest.skip(f"this CPU has no {request.param}")
     return request.param
 
 
-def moments(block_size: int) -> tuple[Dynamic8bitMoment, Dynamic8bitMoment]:
-    return Dynamic8bitMoment("m", True, block_size), Dynamic8bitMoment("v", False, block_size)
+@pytest.fixture(params=list(FORMATS))
+def state_format(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
 def scalars_of(step: int, *, lr: float = 1e-3, decoupled: bool = True, **overrides: object) -> AdamScalars:
@@ -61,44 +70,100 @@ def same(actual: torch.Tensor, expected: torch.Tensor, what: str) -> None:
 
 
 class Pair:
-    """Parameter and state stepped by both implementations."""
+    """Parameter and state stepped by both implementations.
 
-    def __init__(self, param: torch.Tensor, block_size: int) -> None:
-        self.block_size, self.moments = block_size, moments(block_size)
-        zeros = torch.zeros(param.shape)
-        self.want = [param.clone(), *(x for moment in self.moments for x in moment.encode(zeros))]
+    `first_index` asks for stochastic rounding: the position of this part in the global parameter.
+    """
+
+    def __init__(
+        self,
+        param: torch.Tensor,
+        block_size: int,
+        state_format: str = "dynamic8",
+        *,
+        first_index: int | None = None,
+        row_stride: int = 0,
+    ) -> None:
+        self.state_format, self.block_size = state_format, block_size
+        self.first_index, self.row_stride = first_index, row_stride
+        kind = FORMATS[state_format]
+        self.moments = [
+            kind(name, signed, block_size) if kind else Float32Moment(name)
+            for name, signed in (("m", True), ("v", False))
+        ]
+        state = [tensor for moment in self.moments for tensor in moment.init(param).values()]
+        self.want = [param.clone(), *state]
         self.got = [x.clone() for x in self.want]
 
-    def step(self, grad: torch.Tensor, scalars: AdamScalars, isa: int, *, maximize: bool = False) -> None:
-        param, *state = self.want
-        pairs = list(zip(self.moments, (state[:2], state[2:]), strict=True))
-        values = [moment.decode(*codes_scale, param.shape) for moment, codes_scale in pairs]
-        sign = -1 if maximize else 1
-        updated, new = adam_update(param.float(), sign * grad.float(), values, scalars)
-        encoded = [x for moment, value in zip(self.moments, new, strict=True) for x in moment.encode(value)]
-        self.want = [updated.to(param.dtype), *encoded]
+    def step(self, grad: torch.Tensor, scalars: AdamScalars, isa: str, *, maximize: bool = False) -> None:
+        self.reference_step(grad, scalars, -1 if maximize else 1)
         param, *state = self.got
-        lists = [[x] for x in (param, grad, *state)]
-        options = {"state_format": "dynamic8", "block_size": self.block_size, "maximize": maximize}
-        cpu.adam_(*lists, **options, **scalars._asdict(), isa=isa)
+        if self.state_format == "float32":
+            state = [state[0], None, state[1], None]
+        rounding = {}
+        if self.first_index is not None:
+            rounding = {"rounding_keys": [KEY], "first_indices": [self.first_index], "row_strides": [self.row_stride]}
+        cpu.adam_(
+            *([x] for x in (param, grad, *state)),
+            state_format=self.state_format,
+            block_size=self.block_size,
+            maximize=maximize,
+            **scalars._asdict(),
+            **rounding,
+            isa=isa,
+        )
+
+    def reference_step(self, grad: torch.Tensor, scalars: AdamScalars, sign: int) -> None:
+        param = self.want[0]
+        names = [key for moment in self.moments for key in moment.keys]
+        state = dict(zip(names, self.want[1:], strict=True))
+        values = [moment.read(state, param) for moment in self.moments]
+        updated, new = adam_update(param.float(), sign * grad.float(), values, scalars)
+        for moment, value in zip(self.moments, new, strict=True):
+            moment.write(state, value)
+        if self.first_index is not None:
+            rows, columns = torch.arange(len(param)), torch.arange(param[0].numel())
+            index = self.first_index + rows[:, None] * self.row_stride + columns
+            noise = philox_bits16(KEY, index).view(param.shape)
+            rounded = round_stochastic(updated, BFLOAT16, noise).float()
+            updated = torch.where(updated.isfinite(), rounded, updated)
+        param.copy_(updated)
 
     def check(self) -> None:
-        names = ("param", "exp_avg_codes", "exp_avg_scale", "exp_avg_sq_codes", "exp_avg_sq_scale")
+        names = ["param", *(key for moment in self.moments for key in moment.keys)]
         for name, got, want in zip(names, self.got, self.want, strict=True):
             same(got, want, name)
+
+
+KEY = 0xFEDCBA9876543210 >> 1
 
 
 @pytest.mark.parametrize(("shape", "block_size"), SHAPES)
 @pytest.mark.parametrize("param_dtype", DTYPES)
 @pytest.mark.parametrize("grad_dtype", DTYPES)
 def test_many_steps(
-    shape: tuple[int, ...], block_size: int, param_dtype: torch.dtype, grad_dtype: torch.dtype, isa: int
+    shape: tuple[int, ...],
+    block_size: int,
+    param_dtype: torch.dtype,
+    grad_dtype: torch.dtype,
+    state_format: str,
+    isa: str,
 ):
-    pair = Pair(torch.randn(shape).to(param_dtype), block_size)
-    for step in range(1, 21):
+    pair = Pair(torch.randn(shape).to(param_dtype), block_size, state_format)
+    for step in range(1, 13):
         # Magnitudes over many decades, so that all of the maps are used.
         grad = (torch.randn(shape) * torch.exp(torch.randn(shape) * 3)).to(grad_dtype)
         pair.step(grad, scalars_of(step), isa)
+        pair.check()
+
+
+@pytest.mark.parametrize(("first_index", "row_stride"), [(0, 300), (3, 300), (2**33 + 5, 1000), (8, 304)])
+def test_stochastic_rounding(first_index: int, row_stride: int, state_format: str, isa: str):
+    param = torch.randn(4, 300).bfloat16()
+    param[0, :4] = torch.tensor([math.inf, math.nan, 3.39e38, 1e-39])
+    pair = Pair(param, 100, state_format, first_index=first_index, row_stride=row_stride)
+    for step in range(1, 5):
+        pair.step(torch.randn(4, 300).bfloat16(), scalars_of(step, lr=1e-2), isa)
         pair.check()
 
 
@@ -106,9 +171,9 @@ def test_many_steps(
 @pytest.mark.parametrize(
     "magnitude", [0.0, 1e-45, 1e-40, 1e-30, 1e-20, 1e-7, 1e15, 1e25, 1e36, 3e38, math.inf, math.nan]
 )
-def test_extreme_gradients(magnitude: float, dtype: torch.dtype, isa: int):
+def test_extreme_gradients(magnitude: float, dtype: torch.dtype, state_format: str, isa: str):
     shape = (4, 700)
-    pair = Pair(torch.randn(shape).to(dtype), 128)
+    pair = Pair(torch.randn(shape).to(dtype), 128, state_format)
     for step in range(1, 6):
         grad = torch.randn(shape).clamp(-1, 1)
         grad[1] *= magnitude
@@ -122,18 +187,18 @@ def test_extreme_gradients(magnitude: float, dtype: torch.dtype, isa: int):
     "overrides", [{"decoupled": False}, {"weight_decay": 0.0}, {"eps": 0.0}, {"betas": (0.0, 0.0)}]
 )
 @pytest.mark.parametrize("maximize", [False, True])
-def test_options(overrides: dict[str, object], maximize: bool, isa: int):
-    pair = Pair(torch.randn(3, 300), 64)
+def test_options(overrides: dict[str, object], maximize: bool, state_format: str, isa: str):
+    pair = Pair(torch.randn(3, 300), 64, state_format)
     for step in range(1, 6):
         pair.step(torch.randn(3, 300), scalars_of(step, **overrides), isa, maximize=maximize)
         pair.check()
 
 
 @pytest.mark.parametrize("top", [1.0, 0.37, 3.1e-5, 1e20, 2e38, 1e-13])
-def test_every_midpoint_and_its_neighbours(top: float, isa: int):
+def test_every_midpoint_and_its_neighbours(top: float, state_format: str, isa: str):
     """Gradients become moments unchanged (beta = 0), so any value can be encoded."""
-    signed = _boundaries(True, torch.device("cpu"), 8)
-    values = torch.cat([signed, _boundaries(False, torch.device("cpu"), 8), torch.zeros(1), -torch.zeros(1)])
+    values = midpoints(state_format)
+    values = torch.cat([values, torch.zeros(1), -torch.zeros(1)])
     for _ in range(4):
         nearby = [values.nextafter(torch.tensor(sign * math.inf)) for sign in (-1, 1)]
         values = torch.cat([values, *nearby]).unique()
@@ -141,12 +206,23 @@ def test_every_midpoint_and_its_neighbours(top: float, isa: int):
     rows = torch.nn.functional.pad(values, (0, -len(values) % 255)).view(-1, 255)
     grad = torch.nn.functional.pad(rows, (0, 1), value=top).contiguous()
     for beta2_zero in (grad, grad.abs().sqrt()):
-        pair = Pair(torch.randn(grad.shape), 256)
+        pair = Pair(torch.randn(grad.shape), 256, state_format)
         pair.step(beta2_zero, scalars_of(1, betas=(0.0, 0.0)), isa)
         pair.check()
 
 
-def test_bfloat16_parameters_keep_nan_and_round_to_even(isa: int):
+def midpoints(state_format: str) -> torch.Tensor:
+    """Where the code of a value changes, of values whose block has the largest magnitude 1."""
+    if state_format == "float32":
+        return torch.ones(1)
+    if state_format == "float8_e4m3fn":
+        values = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float() / 448
+        return (values[:-1] + values[1:]) / 2
+    bits = int(state_format[-1])
+    return torch.cat([_boundaries(signed, torch.device("cpu"), bits) for signed in (True, False)])
+
+
+def test_bfloat16_parameters_keep_nan_and_round_to_even(isa: str):
     param = torch.tensor([math.nan, math.inf, -math.inf, 3.38e38, 0.0, -0.0, 1e-40, 1.0] * 16).bfloat16().view(2, 64)
     pair = Pair(param, 64)
     for step in range(1, 4):
