@@ -2,7 +2,7 @@
 //
 // Bit for bit what aotrain/optim/step.py and aotrain/optim/state.py compute: float32, one rounding per operation in
 // the same order, square root and division correctly rounded. Compile with -ffp-contract=off. The only fused
-// multiply-adds are explicit, in the AVX-512 encoder, where an error bound guards them.
+// multiply-adds are explicit, in the AVX-512 codecs, where they are exact or an error bound guards them.
 //
 // C ABI, no torch headers: one build serves every torch version.
 #include "adam.h"
@@ -28,6 +28,7 @@
 #include "adam_portable.h"
 #undef AOTRAIN_ISA
 #pragma GCC pop_options
+#include "adam_avx512.h"
 #endif
 
 namespace aotrain {
@@ -41,16 +42,18 @@ Isa best_isa() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512vbmi"))
-        return kAvx2;
+        return kAvx512;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
 #endif
     return kScalar;
 }
 
-StepRange select(int isa) {
+StepRange select(int isa, const Options& options) {
 #if AOTRAIN_X86
+    if (isa == kAvx512) return avx512::select(options);
     if (isa == kAvx2) return avx2::step_range;
 #endif
+    (void)isa, (void)options;
     return scalar::step_range;
 }
 
@@ -68,7 +71,7 @@ int64_t aotrain_adam_max_block() { return aotrain::kMaxBlock; }
 void aotrain_adam(const aotrain::Tensor* tensors, int64_t count, const aotrain::Options* options, int isa,
                   int threads) {
     using namespace aotrain;
-    const StepRange step = select(isa);
+    const StepRange step = select(isa, *options);
     std::vector<int64_t> blocks(count), first_unit(count + 1, 0);
     for (int64_t i = 0; i < count; i++) {
         blocks[i] = tensors[i].rows * blocks_per_row(tensors[i], *options);

@@ -15,7 +15,7 @@ constexpr int64_t kUnquantizedBlock = 1024;
 enum Isa : int32_t { kScalar, kAvx2, kAvx512 };
 enum Format : int32_t { kDynamic8, kDynamic4, kFloat8, kFloat32 };
 
-// One parameter, all fields 64 bits; mirrored by aotrain/kernels/_adam_cpu.py, and AdamTensors there says what they are.
+// One parameter, all fields 64 bits, as aotrain/kernels/_adam_cpu.py packs them; AdamTensors in adam.py explains them.
 struct Tensor {
     void* param;
     const void* grad;
