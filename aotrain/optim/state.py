@@ -98,10 +98,12 @@ class BlockMoment(ABC):
     def init(self, param: torch.Tensor) -> dict[str, torch.Tensor]:
         """State that decodes to (nearly) zero; both tensors sharded like the parameter."""
         local = local_of(param)
-        zeros = torch.zeros(local.shape, dtype=torch.float32, device=local.device)
-        codes, scale = self.encode(zeros)
-        codes_key, scale_key = self.keys
-        return {codes_key: shard_like(param, codes), scale_key: shard_like(param, scale)}
+        # All rows of zeros are alike: encode one.
+        row = self.encode(torch.zeros((1, *local.shape[1:]), dtype=torch.float32, device=local.device))
+        return {
+            key: shard_like(param, encoded.expand(local.shape[0], *encoded.shape[1:]).contiguous())
+            for key, encoded in zip(self.keys, row, strict=True)
+        }
 
     def read(self, state: dict[str, torch.Tensor], local: torch.Tensor) -> torch.Tensor:
         """This rank's values, float32, in the shape of `local`, the parameter's part on this rank."""
