@@ -16,6 +16,8 @@ class Case:
         bytes_moved: the least a perfect implementation reads and writes.
         flops: floating-point operations of its matrix products, 0 without any.
         elements: what to give the time per, such as parameters of an optimizer; 0 for nothing.
+        bytes_kept: memory held between runs, such as an optimizer's state.
+        first_ms: time of the very first run, with whatever it compiles and allocates.
     """
 
     name: str
@@ -25,3 +27,5 @@ class Case:
     bytes_moved: int
     flops: int = 0
     elements: int = 0
+    bytes_kept: int = 0
+    first_ms: float = 0.0

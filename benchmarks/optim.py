@@ -1,6 +1,7 @@
 """Optimizer steps on a list of matrices, ours beside torch's and whatever peers are installed."""
 
 import importlib.util
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -42,11 +43,15 @@ def optim_cases(device: torch.device) -> Iterator[Case]:
             for param in params:
                 param.grad = torch.randn_like(param) * 1e-2
             optimizer = make(params)
+            start = time.perf_counter()
             optimizer.step()
-            yield _case(f"{name}-{str(dtype).removeprefix('torch.')}", params, optimizer)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            first_ms = (time.perf_counter() - start) * 1e3
+            yield _case(f"{name}-{str(dtype).removeprefix('torch.')}", params, optimizer, first_ms)
 
 
-def _case(name: str, params: list[torch.Tensor], optimizer: torch.optim.Optimizer) -> Case:
+def _case(name: str, params: list[torch.Tensor], optimizer: torch.optim.Optimizer, first_ms: float) -> Case:
     numel = sum(param.numel() for param in params)
 
     def check() -> None:
@@ -56,7 +61,14 @@ def _case(name: str, params: list[torch.Tensor], optimizer: torch.optim.Optimize
     state_bytes = sum(_bytes(value) for state in optimizer.state.values() for value in state.values())
     moved = sum(3 * _bytes(param) for param in params) + 2 * state_bytes
     return Case(
-        name=name, shape=f"{numel / 1e6:.1f}M", run=optimizer.step, check=check, bytes_moved=moved, elements=numel
+        name=name,
+        shape=f"{numel / 1e6:.1f}M",
+        run=optimizer.step,
+        check=check,
+        bytes_moved=moved,
+        elements=numel,
+        bytes_kept=state_bytes,
+        first_ms=first_ms,
     )
 
 

@@ -3,7 +3,8 @@
     python -m benchmarks.run scaled_cast [--out benchmarks/results] [--repeats 50]
 
 Prints and writes, per case, the median and the 10 % and 90 % quantiles of its time, GB/s counting only the bytes that
-must move, and where it ran: GPU or CPU, driver, torch, triton, commit, command. A case whose check fails is not timed,
+must move, memory held and time of the first run where they matter, and where it ran: GPU or CPU, driver, torch, triton,
+commit, command. A case whose check fails is not timed,
 and the run exits with an error.
 """
 
@@ -29,8 +30,8 @@ from benchmarks.timing import times_ms
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = (
-    "date", "case", "shape", "median_ms", "q10_ms", "q90_ms", "gb_per_s", "tflop_per_s", "ns_per_element", "repeats",
-    "hardware", "driver", "torch", "triton", "commit", "command",
+    "date", "case", "shape", "median_ms", "q10_ms", "q90_ms", "gb_per_s", "tflop_per_s", "ns_per_element",
+    "bytes_kept_per_element", "first_ms", "repeats", "hardware", "driver", "torch", "triton", "commit", "command",
 )  # fmt: skip
 
 
@@ -82,6 +83,8 @@ def measure(case: Case, device: torch.device, repeats: int) -> dict[str, Any] | 
         "gb_per_s": f"{case.bytes_moved / median / 1e6:.1f}",
         "tflop_per_s": f"{case.flops / median / 1e9:.1f}" if case.flops else "",
         "ns_per_element": f"{median * 1e6 / case.elements:.3f}" if case.elements else "",
+        "bytes_kept_per_element": f"{case.bytes_kept / case.elements:.4f}" if case.bytes_kept else "",
+        "first_ms": f"{case.first_ms:.1f}" if case.first_ms else "",
         "repeats": repeats,
     }
 
