@@ -1,5 +1,6 @@
-"""Adapters that put aotrain into training engines other people wrote: torchtitan for pretraining.
+"""Adapters that put aotrain into training engines other people wrote: torchtitan for pretraining, transformers' Trainer
+and TRL for fine-tuning.
 
-Each engine has its own sub-package, and only that sub-package imports the engine. ``config_file`` is shared by all of
-them: it turns a YAML job file into a checked object.
+Each engine has its own sub-package, and only that sub-package imports the engine. Two modules are shared by all of
+them: ``config_file`` turns a YAML job file into a checked object, ``optimizers`` turns a name in it into a class.
 """

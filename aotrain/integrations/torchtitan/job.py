@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from aotrain.integrations.config_file import JobError, Section, load_config
+from aotrain.integrations.optimizers import ALIASES as OPTIMIZER_ALIASES
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -64,8 +65,9 @@ class Optimizer(Section):
     """The update rule. Defaults are those of the Llama papers."""
 
     # adamw_8bit and adamw_fp8 keep both moments in 8 bits per value with one scale per block: 4 times less state.
-    # adamw_4bit in 4 bits: 7 times less, and a slightly slower descent.
-    name: Literal["adamw", "adamw_8bit", "adamw_4bit", "adamw_fp8"] = "adamw"
+    # adamw_4bit in 4 bits: 7 times less, and a slightly slower descent. adamw_32bit is adamw with
+    # bf16_stochastic_round.
+    name: Literal["adamw", "adamw_8bit", "adamw_4bit", "adamw_fp8", "adamw_32bit"] = "adamw"
     # Peak learning rate, after warmup.
     lr: Annotated[float, Field(gt=0)] = 3e-4
     betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.95)
@@ -74,6 +76,11 @@ class Optimizer(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     # Round bf16 parameters stochastically in the update; no effect on float32 master weights.
     bf16_stochastic_round: bool = False
+
+    @field_validator("name", mode="before")
+    @classmethod
+    def _our_name(cls, value: Any) -> Any:
+        return OPTIMIZER_ALIASES.get(value, value) if isinstance(value, str) else value
 
     @field_validator("betas")
     @classmethod

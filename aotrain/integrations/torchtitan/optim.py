@@ -12,13 +12,11 @@ from dataclasses import dataclass, replace
 from torch.optim import Optimizer
 from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig
 
+from aotrain.integrations.optimizers import ALIASES, OPTIMIZERS, optimizer_class
 from aotrain.integrations.torchtitan import job as jobs
-from aotrain.optim import AdamW4bit, AdamW8bit, AdamWFp8
 
-# Names of a job file -> names of the container.
-TITAN_NAMES = {"adamw": "AdamW", "adamw_8bit": "AdamW8bit", "adamw_4bit": "AdamW4bit", "adamw_fp8": "AdamWFp8"}
-
-_LOW_BIT = {cls.__name__: cls for cls in (AdamW8bit, AdamW4bit, AdamWFp8)}
+# Names of a job file -> names of the container; the others of the table take other hyper-parameters than AdamW.
+TITAN_NAMES = {"adamw": "AdamW", **{name: cls for name, cls in OPTIMIZERS.items() if name.startswith("adamw_")}}
 
 
 class LowBitOptimizers(OptimizersContainer):
@@ -30,8 +28,8 @@ class LowBitOptimizers(OptimizersContainer):
 
     @staticmethod
     def _resolve_optimizer_factory(name: str) -> Callable[..., Optimizer]:
-        if name in _LOW_BIT:
-            return _LOW_BIT[name]
+        if name in OPTIMIZERS.values():
+            return optimizer_class(name)
         return OptimizersContainer._resolve_optimizer_factory(name)
 
 
@@ -56,6 +54,7 @@ def with_low_bit(config: OptimizersContainer.Config, name: str) -> LowBitOptimiz
     Raises:
         ValueError: unknown name, or no group to replace.
     """
+    name = ALIASES.get(name, name)
     if name not in TITAN_NAMES:
         raise ValueError(f"unknown optimizer {name!r}; want one of {', '.join(TITAN_NAMES)}")
     groups = []

@@ -137,6 +137,7 @@ def test_low_bit_replacement_keeps_other_groups_and_names_mistakes():
     muon = ParamGroupConfig(pattern="w1", optimizer_name="DistMuon", optimizer_kwargs={"lr": 1.0})
     mixed = with_low_bit(replace(stock, param_groups=[muon, *stock.param_groups]), "adamw_8bit")
     assert [group.optimizer_name for group in mixed.param_groups] == ["DistMuon", "AdamW8bit"]
+    assert with_low_bit(stock, "adamw_torch_4bit").param_groups[0].optimizer_name == "AdamW4bit"
     with pytest.raises(ValueError, match="unknown optimizer 'lion'; want one of adamw, adamw_8bit, "):
         with_low_bit(stock, "lion")
     with pytest.raises(ValueError, match=r"no Adam or AdamW parameter group to replace .* DistMuon"):

@@ -4,6 +4,7 @@ import pytest
 
 from aotrain.integrations.config_file import ConfigError, JobError
 from aotrain.integrations.torchtitan.job import batch_sizes, load_job
+from aotrain.integrations.torchtitan.optim import TITAN_NAMES
 from aotrain.recipes import RECIPE_ALIASES, RECIPES
 
 from .conftest import CONFIGS
@@ -41,6 +42,13 @@ def test_every_recipe_of_the_table_can_be_named(load):
 def test_aliases_of_other_toolkits(load):
     job = load(MINIMAL + "optim: adamw_8bit\nfp8: {recipe_name: rowwise}\n")
     assert (job.optimizer.name, job.precision.recipe) == ("adamw_8bit", "float8_rowwise")
+    assert load(MINIMAL + "optim: ao_adamw_fp8\n").optimizer.name == "adamw_fp8"
+
+
+def test_optimizers_of_a_job_are_those_that_the_trainer_can_build(load):
+    for name in TITAN_NAMES:
+        assert load(MINIMAL, f"optimizer.name={name}").optimizer.name == name
+    assert "want one of adamw, adamw_8bit" in problem(load, "optimizer.name=lion_8bit")
 
 
 @pytest.mark.parametrize(
