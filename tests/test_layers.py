@@ -28,6 +28,10 @@ CONFINED = {
     "torchtitan": ("integrations/torchtitan/",),
     "datasets": ("integrations/torchtitan/",),
     "tokenizers": ("integrations/torchtitan/",),
+    "transformers": ("integrations/huggingface/",),
+    "trl": ("integrations/huggingface/",),
+    "accelerate": ("integrations/huggingface/",),
+    "peft": ("integrations/huggingface/",),
     "matplotlib": ("integrations/torchtitan/",),
     "tyro": ("cli/",),
 }
