@@ -1,12 +1,13 @@
 """Adam and AdamW with low-bit moments, drop-ins for `torch.optim.Adam` and `torch.optim.AdamW`."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import torch
 
 from aotrain.kernels.adam import AdamScalars
 from aotrain.optim.base import LowBitOptimizer, ParamStep
+from aotrain.optim.bitsandbytes_arguments import BitsandbytesArguments, check_bitsandbytes_arguments
 from aotrain.optim.fused import fused_adam_steps
 from aotrain.optim.sharding import local_of
 from aotrain.optim.state import adam_moment_names
@@ -25,6 +26,7 @@ class _LowBitAdam(LowBitOptimizer):
         amsgrad: keep the maximum of the second moment as a third state.
         block_size, bf16_stochastic_round, seed, bits, maximize: see `LowBitOptimizer`.
         foreach, fused, capturable: accepted for compatibility and ignored: there is one implementation per device.
+        **bitsandbytes: what bitsandbytes' classes take, where it asks for what is done here.
 
     Raises:
         ValueError: a hyper-parameter out of range.
@@ -49,7 +51,9 @@ class _LowBitAdam(LowBitOptimizer):
         foreach: bool | None = None,
         fused: bool | None = None,
         capturable: bool = False,
+        **bitsandbytes: Unpack[BitsandbytesArguments],
     ) -> None:
+        check_bitsandbytes_arguments(type(self).__name__, self.state_bits if bits is None else bits, bitsandbytes)
         super().__init__(
             params,
             {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad},

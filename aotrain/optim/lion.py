@@ -1,11 +1,12 @@
 """Lion8bit: Lion with its momentum in a low-bit format."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
 from aotrain.optim.base import LowBitOptimizer
+from aotrain.optim.bitsandbytes_arguments import BitsandbytesArguments, check_bitsandbytes_arguments
 from aotrain.optim.sharding import local_of
 
 
@@ -21,6 +22,7 @@ class Lion8bit(LowBitOptimizer):
         betas: interpolation of the update's momentum, decay rate of the stored one.
         weight_decay: decoupled weight decay; Lion wants 3 to 10 times more than AdamW.
         block_size, bf16_stochastic_round, seed, bits, maximize: see `LowBitOptimizer`.
+        **bitsandbytes: what bitsandbytes' Lion8bit takes, where it asks for what is done here.
 
     Raises:
         ValueError: a hyper-parameter out of range.
@@ -42,7 +44,9 @@ class Lion8bit(LowBitOptimizer):
         seed: int = 0,
         bits: int | str | None = None,
         maximize: bool = False,
+        **bitsandbytes: Unpack[BitsandbytesArguments],
     ) -> None:
+        check_bitsandbytes_arguments(type(self).__name__, self.state_bits if bits is None else bits, bitsandbytes)
         super().__init__(
             params,
             {"lr": lr, "betas": betas, "weight_decay": weight_decay},
