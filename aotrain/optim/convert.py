@@ -5,41 +5,48 @@
 
 Reads full (unsharded) state_dicts of `torch.optim.Adam(W)`, of this package in any format, of torchao's low-bit
 optimizers and of bitsandbytes' Adam(W), and writes the layout that `optimizer` would have created. Every moment goes
-through float32, except where source and target store it as the same codes: then codes and scales are copied, bit for
-bit. That is the case between 8-bit formats with equal blocks whose size divides the parameter's rows.
+through float32, except where source and target store it as the same codes in equal blocks: then codes and scales are
+copied, bit for bit. Blocks of other libraries are equal to ours where their size divides the parameter's rows.
 
 With FSDP2, convert a full state_dict and load it with `torch.distributed.checkpoint.state_dict`.
 """
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from aotrain.formats.codebook import dynamic_codebook
 from aotrain.formats.scaling import expand_blocks
 from aotrain.optim.load import check_finite
 from aotrain.optim.sharding import is_dtensor
 from aotrain.optim.state import (
     STATE_FORMATS,
     BlockMoment,
+    Dynamic4bitMoment,
     Dynamic8bitMoment,
+    Float8Moment,
     Moment,
     adam_moment_names,
     block_moments,
     row_length,
 )
 
-# Name of each moment in bitsandbytes' state.
+# Name of each moment in bitsandbytes' state, and where state_dict keeps it from version 0.50 on.
 _BITSANDBYTES_SUFFIX = {"exp_avg": "1", "exp_avg_sq": "2"}
+_BITSANDBYTES_WRAPPER = "__bnb_optimizer_quant_state__"
+# Code values of a map computed in another order of float32 operations; torchao's and bitsandbytes' differ by 1.8e-7.
+_MAP_RTOL = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """One moment as found in a checkpoint: its values, and its 8-bit dynamic codes with flat block scales if it has."""
+    """One moment as found in a checkpoint: its values and, where our layout has the same blocks, how it is stored."""
 
     value: torch.Tensor
+    moment: BlockMoment | None = None
     codes: torch.Tensor | None = None
     scale: torch.Tensor | None = None
 
@@ -104,6 +111,7 @@ def _convert(
             f"convert_state got sharded state for {label}; gather it first, for example with "
             "get_optimizer_state_dict(..., options=StateDictOptions(full_state_dict=True))."
         )
+    saved = {**saved, **saved.get(_BITSANDBYTES_WRAPPER, {})}
     converted = {"step": torch.as_tensor(saved.get("step", 0.0), dtype=torch.float32).cpu().clone()}
     for moment in _target_moments(param, group):
         source = _read(label, moment.name, saved, saved_group, param.shape)
@@ -125,11 +133,11 @@ def _read(
     if f"{name}_codes" in saved:
         source = _read_ours(name, saved, saved_group, shape)
     elif hasattr(saved.get(name), "dequantize") and hasattr(saved.get(name), "scale"):
-        source = _read_torchao(saved[name])
+        source = _read_torchao(name, saved[name], shape)
     elif name in saved:
         source = _Source(saved[name].float())
     elif suffix and f"state{suffix}" in saved:
-        source = _read_bitsandbytes(saved, suffix)
+        source = _read_bitsandbytes(name, saved, suffix, shape)
     else:
         raise ValueError(
             f"convert_state found no {name} in the state of {label}; it has {sorted(saved)}. Supported are torch.optim."
@@ -139,7 +147,7 @@ def _read(
         raise ValueError(
             f"convert_state got {name} with {source.value.numel()} elements for {label}; it belongs to another model."
         )
-    return _Source(source.value.reshape(shape), source.codes, source.scale)
+    return replace(source, value=source.value.reshape(shape))
 
 
 def _read_ours(name: str, saved: Mapping[str, Any], saved_group: Mapping[str, Any], shape: torch.Size) -> _Source:
@@ -147,32 +155,56 @@ def _read_ours(name: str, saved: Mapping[str, Any], saved_group: Mapping[str, An
     assert kind is not None, "float32 state has no codes"
     moment = kind(name, name == "exp_avg", saved_group["block_size"])
     codes, scale = (saved[key] for key in moment.keys)
-    value = moment.decode(codes, scale, shape)
-    divides = row_length(shape) % moment.block_size == 0
-    if kind is Dynamic8bitMoment and divides:
-        return _Source(value, codes.flatten(), scale.flatten())
-    return _Source(value)
+    return _Source(moment.decode(codes, scale, shape), moment, codes, scale)
 
 
-def _read_torchao(state: Any) -> _Source:
+def _read_torchao(name: str, state: Any, shape: torch.Size) -> _Source:
     """OptimState8bit, OptimState4bit and OptimStateFp8, by their attributes: torchao itself is not needed."""
     value = state.dequantize().float()
-    is_8bit = state.codes.dtype == torch.uint8 and getattr(state, "qmap", value).numel() == 256
-    if is_8bit:
-        return _Source(value, state.codes.flatten(), state.scale.flatten())
-    return _Source(value)
+    qmap = getattr(state, "qmap", None)
+    codes = state.codes if qmap is not None else state.codes.view(torch.uint8)
+    return _flat_source(name, value, codes, state.scale, qmap, shape)
 
 
-def _read_bitsandbytes(saved: Mapping[str, Any], suffix: str) -> _Source:
+def _read_bitsandbytes(name: str, saved: Mapping[str, Any], suffix: str, shape: torch.Size) -> _Source:
     """state1 / state2: float32, or uint8 codes in flat blocks with absmax and the map that decodes them."""
     codes = saved[f"state{suffix}"]
     if codes.dtype != torch.uint8:
         return _Source(codes.float())
-    scale, values = saved[f"absmax{suffix}"].float(), saved[f"qmap{suffix}"].float()
+    scale, qmap = saved[f"absmax{suffix}"].float(), saved[f"qmap{suffix}"].float()
     flat = codes.flatten()
     block_size = _flat_block_size(flat.numel(), scale.numel())
-    decoded = values[flat.long()] * expand_blocks(scale[None], (1, flat.numel()), (1, block_size))[0]
-    return _Source(decoded, flat, scale)
+    decoded = qmap[flat.long()] * expand_blocks(scale[None], (1, flat.numel()), (1, block_size))[0]
+    return _flat_source(name, decoded, codes, scale, qmap, shape)
+
+
+def _flat_source(
+    name: str,
+    value: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    qmap: torch.Tensor | None,
+    shape: torch.Size,
+) -> _Source:
+    """A moment in flat blocks over the whole tensor; with codes and scales if no block crosses a row."""
+    signed = name == "exp_avg"
+    block_size = _flat_block_size(value.numel(), scale.numel())
+    kind = _kind_of_map(qmap, signed)
+    if kind is None or row_length(shape) % block_size or value.numel() != shape.numel():
+        return _Source(value)
+    moment = kind(name, signed, block_size)
+    return _Source(value, moment, codes.reshape(moment.codes_shape(shape)), scale.float().reshape(shape[0], -1))
+
+
+def _kind_of_map(qmap: torch.Tensor | None, signed: bool) -> type[BlockMoment] | None:
+    """The format whose codes mean these values; no map means float8, None that no format has it."""
+    if qmap is None:
+        return Float8Moment
+    for kind, bits in ((Dynamic8bitMoment, 8), (Dynamic4bitMoment, 4)):
+        ours = dynamic_codebook(signed, qmap.device, bits)
+        if ours.shape == qmap.shape and torch.allclose(ours, qmap.float(), rtol=_MAP_RTOL, atol=0.0):
+            return kind
+    return None
 
 
 def _flat_block_size(numel: int, num_blocks: int) -> int:
@@ -186,22 +218,6 @@ def _flat_block_size(numel: int, num_blocks: int) -> int:
 def _write(moment: Moment, source: _Source) -> dict[str, torch.Tensor]:
     if not isinstance(moment, BlockMoment):
         return {moment.name: source.value.clone()}
-    shape = source.value.shape
-    blocks_per_row = row_length(shape) // moment.block_size
-    same_blocks = (
-        isinstance(moment, Dynamic8bitMoment)
-        and source.codes is not None
-        and source.scale is not None
-        and row_length(shape) % moment.block_size == 0
-        and source.scale.numel() == shape[0] * blocks_per_row
-    )
-    if same_blocks:
-        assert source.codes is not None
-        assert source.scale is not None
-        codes, scale = (
-            source.codes.reshape(shape).clone(),
-            source.scale.float().reshape(shape[0], blocks_per_row).clone(),
-        )
-    else:
-        codes, scale = moment.encode(source.value)
-    return dict(zip(moment.keys, (codes, scale), strict=True))
+    if moment == source.moment and source.codes is not None and source.scale is not None:
+        return dict(zip(moment.keys, (source.codes.clone(), source.scale.clone()), strict=True))
+    return dict(zip(moment.keys, moment.encode(source.value), strict=True))
