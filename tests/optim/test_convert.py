@@ -92,7 +92,7 @@ def flat_state(shape, signed: bool):
     return codes, torch.rand(codes.numel() // 256) + 0.1, dynamic_codebook(signed, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("library", ["torchao", "bitsandbytes"])
+@pytest.mark.parametrize("library", ["torchao", "bitsandbytes", "bitsandbytes 0.50"])
 def test_flat_8bit_state_of_other_libraries_is_taken_bit_for_bit(library: str):
     weight = nn.Parameter(torch.zeros(64, 512))
     first, second = flat_state((64, 512), True), flat_state((64, 512), False)
@@ -105,6 +105,8 @@ def test_flat_8bit_state_of_other_libraries_is_taken_bit_for_bit(library: str):
     else:
         names = ("state", "absmax", "qmap")
         entry = {f"{name}{i}": t for i, s in ((1, first), (2, second)) for name, t in zip(names, s, strict=True)}
+        if library == "bitsandbytes 0.50":
+            entry = {"__bnb_optimizer_quant_state__": entry}
         entry["step"] = 7
     source = {"state": {0: entry}, "param_groups": [{"params": [0], "lr": 0.5}]}
     optimizer = AdamW8bit([weight])
@@ -126,6 +128,59 @@ def test_flat_8bit_state_of_other_libraries_is_taken_bit_for_bit(library: str):
     }
     converted = convert_state(source, AdamW8bit([odd]))
     assert converted["state"][0]["exp_avg_codes"].shape == (128, 384)
+
+
+@dataclass
+class OtherLibrary4bitState(OtherLibraryState):
+    """torchao's 4-bit state: two codes per byte in one row, flat blocks of 128."""
+
+    shape: torch.Size
+
+    def dequantize(self) -> torch.Tensor:
+        values = self.qmap[torch.stack([self.codes >> 4, self.codes & 15], dim=-1).long()]
+        return (values.view(-1, 128) * self.scale[:, None]).view(self.shape)
+
+
+@dataclass
+class OtherLibraryFp8State:
+    """torchao's float8 state: flat blocks of 256."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+
+    def dequantize(self) -> torch.Tensor:
+        return (self.codes.float().view(-1, 256) * self.scale[:, None]).view(self.codes.shape)
+
+
+def test_flat_4bit_and_float8_state_is_taken_bit_for_bit():
+    from aotrain.formats.codebook import dynamic_codebook
+
+    weight = nn.Parameter(torch.zeros(64, 512))
+    packed = torch.randint(0, 256, (64 * 256,), dtype=torch.uint8)
+    maps = [dynamic_codebook(signed, torch.device("cpu"), bits=4) for signed in (True, False)]
+    as_4bit = [OtherLibrary4bitState(packed, torch.rand(256) + 0.1, qmap, weight.shape) for qmap in maps]
+    as_fp8 = [OtherLibraryFp8State(torch.randn(64, 512).to(torch.float8_e4m3fn), torch.rand(128) + 0.1)] * 2
+    for cls, moments_of, per_row in ((AdamW4bit, as_4bit, 4), (AdamWFp8, as_fp8, 2)):
+        entry = dict(zip(("exp_avg", "exp_avg_sq"), moments_of, strict=True)) | {"step": torch.tensor(7.0)}
+        converted = convert_state({"state": {0: entry}, "param_groups": [{"params": [0]}]}, cls([weight]))["state"][0]
+        for name, moment in zip(("exp_avg", "exp_avg_sq"), moments_of, strict=True):
+            assert_bitwise_equal(converted[f"{name}_codes"].flatten(), moment.codes.view(torch.uint8).flatten())
+            assert_bitwise_equal(converted[f"{name}_scale"], moment.scale.view(64, per_row))
+
+
+def test_codes_of_an_unknown_map_go_through_their_values():
+    weight = nn.Parameter(torch.zeros(64, 512))
+    codes, scale, qmap = flat_state((64, 512), True)
+    linear = torch.linspace(-1.0, 1.0, 256)
+    entries = [
+        {"state1": codes, "absmax1": scale, "qmap1": used, "state2": torch.rand(64, 512)} for used in (qmap, linear)
+    ]
+    for entry, same in zip(entries, (True, False), strict=True):
+        source = {"state": {0: entry | {"step": 1}}, "param_groups": [{"params": [0]}]}
+        converted = convert_state(source, AdamW8bit([weight]))["state"][0]
+        assert converted["exp_avg_codes"].equal(codes) is same
+        exported = convert_state(source, torch.optim.AdamW([weight]))["state"][0]["exp_avg"]
+        assert_bitwise_equal(exported, entry["qmap1"][codes.long()] * scale.view(64, 2).repeat_interleave(256, 1))
 
 
 def test_groups_keep_their_own_options():
