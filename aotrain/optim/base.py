@@ -1,15 +1,17 @@
 """What all low-bit optimizers share: options, the loop over parameters, state creation, rounding, loading."""
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar, overload
 
 import torch
 
 from aotrain.formats import BFLOAT16, philox_bits16, round_stochastic
 from aotrain.optim.load import load_state
-from aotrain.optim.sharding import global_index, local_of
+from aotrain.optim.sharding import global_index, is_flattened, local_of
 from aotrain.optim.state import DEFAULT_BLOCK_SIZE, Moment, block_moments, check_bits
 
 
@@ -140,6 +142,8 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
         group["block_size"], group["seed"] = int(group["block_size"]), int(group["seed"])
         for flag in {"amsgrad", "nesterov", "bf16_stochastic_round", "maximize"} & group.keys():
             group[flag] = bool(group[flag])
+        if group["bits"] != 32 and any(map(is_flattened, group["params"])):
+            _warn_flattened(type(self).__name__, group["bits"])
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -229,6 +233,17 @@ def check_options(options: Mapping[str, Any]) -> None:
     if int(options["block_size"]) < 1:
         raise ValueError(f"Invalid block_size: {options['block_size']}; want at least 1, for example 256.")
     check_bits(options["bits"])
+
+
+@cache
+def _warn_flattened(optimizer: str, bits: int | str) -> None:
+    """Once per process: groups, and optimizers that are built again, would repeat it."""
+    warnings.warn(
+        f"{optimizer} got parameters flattened by FSDP1 (FullyShardedDataParallel); their state is float32, not "
+        f"bits={bits!r}: a piece of a flat buffer has no rows to put blocks on. Use FSDP2 (torch.distributed.fsdp."
+        "fully_shard; with Accelerate fsdp_version: 2) for low-bit state, or bits=32 if float32 is what you want.",
+        stacklevel=2,
+    )
 
 
 def _round_to_bfloat16(updated: torch.Tensor, param: torch.Tensor, key: int) -> torch.Tensor:

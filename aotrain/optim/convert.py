@@ -90,9 +90,10 @@ def _sources(saved_groups: Sequence[Any], groups: Sequence[Any]) -> list[tuple[A
             f"convert_state got state of {len(saved)} parameters for an optimizer of {count}; it belongs to "
             "another model or another set of trainable parameters."
         )
-    if not all(group.get("param_names") for group in (*saved_groups, *groups) if group["params"]):
+    saved_names = [name for group in saved_groups for name in _names(group)]
+    if len(saved_names) != count or not all(group.get("param_names") for group in groups if group["params"]):
         return saved
-    by_name = dict(zip((name for group in saved_groups for name in group["param_names"]), saved, strict=True))
+    by_name = dict(zip(saved_names, saved, strict=True))
     names = [name for group in groups for name in group["param_names"]]
     missing = [name for name in names if name not in by_name]
     if missing:
@@ -101,6 +102,12 @@ def _sources(saved_groups: Sequence[Any], groups: Sequence[Any]) -> list[tuple[A
             f"{', '.join(list(by_name)[:6])}, ... It belongs to another model."
         )
     return [by_name[name] for name in names]
+
+
+def _names(group: Mapping[str, Any]) -> Sequence[str]:
+    """Names of a saved group's parameters: full state_dicts of sharded models have them for ids."""
+    ids = group["params"]
+    return ids if all(isinstance(index, str) for index in ids) else group.get("param_names", [])
 
 
 def _convert(

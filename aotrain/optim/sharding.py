@@ -20,6 +20,11 @@ def is_dtensor(tensor: torch.Tensor) -> "TypeGuard[DTensor]":
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def is_flattened(param: torch.Tensor) -> bool:
+    """Whether FSDP1 (`FullyShardedDataParallel`) owns this parameter and keeps a piece of a flat buffer in it."""
+    return getattr(param, "_fsdp_flattened", False)
+
+
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a tensor: its local shard, or the tensor itself."""
     return tensor.to_local() if is_dtensor(tensor) else tensor

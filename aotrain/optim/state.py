@@ -24,7 +24,7 @@ import torch
 from aotrain.formats import FLOAT8_E4M3, decode_elements, round_nearest
 from aotrain.formats.codebook import decode_dynamic, encode_dynamic, pack_nibbles, unpack_nibbles
 from aotrain.formats.scaling import AMAX_MIN, block_amax, expand_blocks
-from aotrain.optim.sharding import even_inner_shards, local_of, shard_like
+from aotrain.optim.sharding import even_inner_shards, is_flattened, local_of, shard_like
 
 MIN_QUANTIZED_NUMEL = 4096
 # Each block of a row carries a 4-byte scale: below this row length that overhead is over 6 % of the codes.
@@ -35,9 +35,10 @@ def is_quantized(param: torch.Tensor) -> bool:
     """Whether the moments of this parameter are stored in a low-bit format, if its group asks for one.
 
     Vectors (norms, biases), matrices of fewer than 4096 elements and rows shorter than 64 stay in float32: they are a
-    negligible share of the memory and the most sensitive to rounding.
+    negligible share of the memory and the most sensitive to rounding. So do all parameters under FSDP1, which cuts them
+    anywhere: a rank's piece has no rows, and FSDP1 gathers only state of the parameter's own shape.
     """
-    if param.ndim < 2 or param.numel() < MIN_QUANTIZED_NUMEL:
+    if param.ndim < 2 or param.numel() < MIN_QUANTIZED_NUMEL or is_flattened(param):
         return False
     return row_length(param.shape) >= MIN_QUANTIZED_ROW and even_inner_shards(param)
 
