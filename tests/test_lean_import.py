@@ -47,8 +47,13 @@ def probe(module: str, use: str = "") -> dict:
 
 @pytest.mark.parametrize(
     ("module", "use"),
-    [("aotrain", ""), ("aotrain", "aotrain.convert_to_float8_training, aotrain.AdamW8bit"), ("aotrain.optim", "")],
-    ids=["package", "names", "optim"],
+    [
+        ("aotrain", ""),
+        ("aotrain", "aotrain.convert_to_float8_training, aotrain.AdamW8bit"),
+        ("aotrain.optim", ""),
+        ("aotrain.integrations.huggingface", ""),
+    ],
+    ids=["package", "names", "optim", "huggingface"],
 )
 def test_import_adds_little_and_changes_nothing(module: str, use: str):
     results = [probe(module, use) for _ in range(3)]

@@ -14,7 +14,7 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 def test_python_snippets_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert len(SNIPPETS) == 5
+    assert len(SNIPPETS) == 6
     namespace: dict = {}
     exec(SNIPPETS[0], namespace)
     losses = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
@@ -32,6 +32,8 @@ def test_python_snippets_run(tmp_path, monkeypatch, capsys):
     before = namespace["model"][0].weight.detach().clone()
     exec(SNIPPETS[4], namespace)
     assert not namespace["model"][0].weight.equal(before)
+    exec(SNIPPETS[5], namespace)
+    assert "train_loss" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"(?:configs|docs|aotrain|tests)/[a-z0-9_/]+\.\w+", README))))
