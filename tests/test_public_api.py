@@ -52,7 +52,7 @@ PUBLIC = {
         "convert_state",
         "precision_groups",
     ],
-    "aotrain.integrations.huggingface": ["optimizer_cls_and_kwargs"],
+    "aotrain.integrations.huggingface": ["convert_trainer_checkpoint", "optimizer_cls_and_kwargs"],
     "aotrain.kernels": ["native_scaled_mm_problem", "scaled_cast", "scaled_mm"],
 }
 

@@ -56,8 +56,8 @@ def convert_state(state_dict: Mapping[str, Any], optimizer: torch.optim.Optimize
 
     Args:
         state_dict: {"state": {id: {...}}, "param_groups": [...]} of a supported optimizer over the same parameters.
-            They are matched by name where both optimizers were given names (`named_parameters()`,
-            `precision_groups`), and must be in the same order where not. Not modified.
+            They are matched by name where both have names (`named_parameters()`, `precision_groups`, full state_dicts
+            of sharded models), and must be in the same order where not. Not modified.
         optimizer: an optimizer of this package, or `torch.optim.Adam(W)` for export to float32. Its parameters give
             the shapes. Its options are kept except learning rate, betas, eps and weight decay, which come from the
             checkpoint.
