@@ -7,6 +7,7 @@ imports torch or torchtitan, so a mistake in a job is shown within a second.
 from __future__ import annotations
 
 import glob
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -76,11 +77,26 @@ class Optimizer(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     # Round bf16 parameters stochastically in the update; no effect on float32 master weights.
     bf16_stochastic_round: bool = False
+    # State of the token embedding: 32 (safest: rarely seen rows), 8, 4, fp8, or own for what all others have.
+    embedding_bits: Literal[32, 8, 4, "fp8", "own"] = 32
+    # Regular expression -> state of the parameters whose name it matches: 32, 8, 4 or fp8. The first match wins, and
+    # wins over embedding_bits.
+    bits: dict[str, Literal[32, 8, 4, "fp8"]] = Field(default_factory=dict)
 
     @field_validator("name", mode="before")
     @classmethod
     def _our_name(cls, value: Any) -> Any:
         return OPTIMIZER_ALIASES.get(value, value) if isinstance(value, str) else value
+
+    @field_validator("bits")
+    @classmethod
+    def _patterns(cls, value: dict[str, int | str]) -> dict[str, int | str]:
+        for pattern in value:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+        return value
 
     @field_validator("betas")
     @classmethod
@@ -315,8 +331,7 @@ def _check(job: PretrainJob) -> Iterator[tuple[str, str]]:
     looks_local = job.tokenizer.startswith((".", "/", "~"))
     if looks_local and not Path(job.tokenizer).expanduser().is_dir():
         yield "tokenizer", f"no such folder: {job.tokenizer!r}; want byte, a folder with tokenizer.json, or a hub id"
-    if job.optimizer.bf16_stochastic_round and job.optimizer.name == "adamw":
-        yield (
-            "optimizer.bf16_stochastic_round",
-            "is not offered by adamw; want optimizer.name adamw_8bit or another",
-        )
+    if job.optimizer.name == "adamw":
+        for key in ("bf16_stochastic_round", "bits"):
+            if getattr(job.optimizer, key):
+                yield f"optimizer.{key}", "is not offered by adamw; want optimizer.name adamw_8bit or another"

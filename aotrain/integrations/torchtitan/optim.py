@@ -6,6 +6,7 @@ The container builds one optimizer per name in its config. Names it does not kno
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -17,6 +18,9 @@ from aotrain.integrations.torchtitan import job as jobs
 
 # Names of a job file -> names of the container; the others of the table take other hyper-parameters than AdamW.
 TITAN_NAMES = {"adamw": "AdamW", **{name: cls for name, cls in OPTIMIZERS.items() if name.startswith("adamw_")}}
+
+# The token embedding of all of torchtitan's models.
+EMBEDDING = r"(^|\.)tok_embeddings\."
 
 
 class LowBitOptimizers(OptimizersContainer):
@@ -34,22 +38,33 @@ class LowBitOptimizers(OptimizersContainer):
 
 
 def optimizer_config(settings: jobs.Optimizer) -> LowBitOptimizers.Config:
-    """The container config of a job's optimizer section: one group with every parameter."""
+    """The container config of a job's optimizer section: a group per precision, the last with all other parameters."""
     kwargs: dict[str, object] = {
         "lr": settings.lr,
         "betas": settings.betas,
         "eps": settings.eps,
         "weight_decay": settings.weight_decay,
     }
+    name = TITAN_NAMES[settings.name]
+    bits: dict[str, int | str] = {}
     factory_kwargs: dict[str, dict[str, object]] = {}
     if settings.name != "adamw":
-        factory_kwargs[TITAN_NAMES[settings.name]] = {"bf16_stochastic_round": settings.bf16_stochastic_round}
-    group = ParamGroupConfig(pattern=r".*", optimizer_name=TITAN_NAMES[settings.name], optimizer_kwargs=kwargs)
-    return LowBitOptimizers.Config(param_groups=[group], optimizer_factory_kwargs_by_name=factory_kwargs)
+        factory_kwargs[name] = {"bf16_stochastic_round": settings.bf16_stochastic_round}
+        bits = dict(settings.bits)
+        if settings.embedding_bits != "own":
+            bits.setdefault(EMBEDDING, settings.embedding_bits)
+    groups = [
+        ParamGroupConfig(pattern=pattern, optimizer_name=name, optimizer_kwargs={**kwargs, "bits": value})
+        for pattern, value in bits.items()
+    ]
+    groups.append(ParamGroupConfig(pattern=r".*", optimizer_name=name, optimizer_kwargs=kwargs))
+    return LowBitOptimizers.Config(param_groups=groups, optimizer_factory_kwargs_by_name=factory_kwargs)
 
 
 def with_low_bit(config: OptimizersContainer.Config, name: str) -> LowBitOptimizers.Config:
     """A stock optimizer config with its Adam and AdamW groups replaced by optimizer ``name`` (as in a job file).
+
+    The token embedding keeps float32 state, as in a job file.
 
     Raises:
         ValueError: unknown name, or no group to replace.
@@ -64,8 +79,22 @@ def with_low_bit(config: OptimizersContainer.Config, name: str) -> LowBitOptimiz
     if groups == list(config.param_groups) and name != "adamw":
         names = ", ".join(group.optimizer_name for group in config.param_groups)
         raise ValueError(f"no Adam or AdamW parameter group to replace by {name}; the config has {names or 'none'}")
+    if name != "adamw":
+        groups = _with_exact_embedding(groups)
     return LowBitOptimizers.Config(
         param_groups=groups,
         implementation=config.implementation,
         optimizer_factory_kwargs_by_name=config.optimizer_factory_kwargs_by_name,
     )
+
+
+def _with_exact_embedding(groups: list[ParamGroupConfig]) -> list[ParamGroupConfig]:
+    """The groups with 32 bits for the token embedding, if one of ours takes it."""
+    for index, group in enumerate(groups):
+        if re.search(group.pattern, "tok_embeddings.weight"):
+            if group.optimizer_name not in OPTIMIZERS.values():
+                break
+            kwargs = {"bits": 32, **group.optimizer_kwargs}
+            embedding = replace(group, pattern=EMBEDDING, optimizer_kwargs=kwargs)
+            return [*groups[:index], embedding, *groups[index:]]
+    return groups

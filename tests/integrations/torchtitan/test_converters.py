@@ -15,7 +15,7 @@ from aotrain.integrations.torchtitan.converters import Float8Converter
 from aotrain.integrations.torchtitan.linear import Float8Linear, float8_linear_config
 from aotrain.integrations.torchtitan.metrics_file import read_rows
 from aotrain.integrations.torchtitan.models import llama3_spec
-from aotrain.integrations.torchtitan.optim import with_low_bit
+from aotrain.integrations.torchtitan.optim import EMBEDDING, optimizer_config, with_low_bit
 from aotrain.integrations.torchtitan.tokenizer import byte_tokenizer_dir
 from aotrain.integrations.torchtitan.train import _single_process_environment, _train
 from aotrain.recipes import RECIPES
@@ -127,18 +127,42 @@ def test_every_override_finds_its_part_of_a_stock_config():
     converted = linears(config.model_spec.model)
     assert type(converted["lm_head"]) is Linear.Config
     assert all(type(c) is Float8Linear.Config for f, c in converted.items() if f != "lm_head")
-    (group,) = config.optimizer.param_groups
-    assert group.optimizer_name == "AdamW8bit"
+    embedding, group = config.optimizer.param_groups
+    assert embedding.optimizer_name == group.optimizer_name == "AdamW8bit"
     assert group.optimizer_kwargs["lr"] == 8e-4
+    assert embedding.optimizer_kwargs == {**group.optimizer_kwargs, "bits": 32}
 
 
 def test_low_bit_replacement_keeps_other_groups_and_names_mistakes():
     stock = default_adamw(lr=1e-3)
     muon = ParamGroupConfig(pattern="w1", optimizer_name="DistMuon", optimizer_kwargs={"lr": 1.0})
     mixed = with_low_bit(replace(stock, param_groups=[muon, *stock.param_groups]), "adamw_8bit")
-    assert [group.optimizer_name for group in mixed.param_groups] == ["DistMuon", "AdamW8bit"]
+    assert [group.optimizer_name for group in mixed.param_groups] == ["DistMuon", "AdamW8bit", "AdamW8bit"]
+    assert [group.pattern for group in mixed.param_groups] == ["w1", EMBEDDING, ".*"]
+    own = replace(stock, param_groups=[replace(muon, pattern="tok_embeddings"), *stock.param_groups])
+    assert [group.pattern for group in with_low_bit(own, "adamw_8bit").param_groups] == ["tok_embeddings", ".*"]
     assert with_low_bit(stock, "adamw_torch_4bit").param_groups[0].optimizer_name == "AdamW4bit"
     with pytest.raises(ValueError, match="unknown optimizer 'lion'; want one of adamw, adamw_8bit, "):
         with_low_bit(stock, "lion")
     with pytest.raises(ValueError, match=r"no Adam or AdamW parameter group to replace .* DistMuon"):
         with_low_bit(OptimizersContainer.Config(param_groups=[muon]), "adamw_8bit")
+
+
+@pytest.mark.parametrize(
+    ("keys", "patterns", "bits"),
+    [
+        ([], [EMBEDDING, ".*"], [32, None]),
+        (["optimizer.embedding_bits=own"], [".*"], [None]),
+        (["optimizer.embedding_bits=fp8"], [EMBEDDING, ".*"], ["fp8", None]),
+        (
+            ["optimizer.bits={'feed_forward': 4, 'tok_': 8}"],
+            ["feed_forward", "tok_", EMBEDDING, ".*"],
+            [4, 8, 32, None],
+        ),
+        (["optimizer.name=adamw"], [".*"], [None]),
+    ],
+)
+def test_state_precision_by_name(tiny_job, keys, patterns, bits):
+    config = optimizer_config(tiny_job(*keys).optimizer)
+    assert [group.pattern for group in config.param_groups] == patterns
+    assert [group.optimizer_kwargs.get("bits") for group in config.param_groups] == bits

@@ -63,6 +63,8 @@ def test_optimizers_of_a_job_are_those_that_the_trainer_can_build(load):
         (["precision.recipe=fp8"], "precision.recipe: got 'fp8' (str), want one of float8_tensorwise"),
         (["tokenizer=gpt2"], "tokenizer: got 'gpt2', but model.size debug has 320 tokens"),
         (["optimizer.bf16_stochastic_round=true"], "optimizer.bf16_stochastic_round: is not offered by adamw"),
+        (["optimizer.bits={norm: 32}"], "optimizer.bits: is not offered by adamw; want optimizer.name adamw_8bit"),
+        (["optimizer.bits={'(': 8}"], "optimizer.bits: '(' is not a regular expression: missing )"),
         (["optimizer.betas=[0.9, 1.5]"], "optimizer.betas: got [0.9, 1.5], want two numbers in [0, 1)"),
         (["optimizer.lr=0"], "optimizer.lr: got 0 (int), want greater than 0"),
         (["checkpoint.keep=1"], "checkpoint.keep: got 1, want 0 (keep all) or at least 2"),
