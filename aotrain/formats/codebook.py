@@ -18,17 +18,17 @@ Efficient Optimizers with 4-bit States", NeurIPS 2023, section 4. The values agr
 to float32 rounding and the codes have the same order, so their checkpoints convert by copying codes.
 """
 
-from functools import lru_cache
-
 import numpy as np
 import torch
+
+from aotrain.formats._tables import cached_table
 
 _BUCKET_SHIFT = 15
 _BUCKET_MASK = (1 << 17) - 1
 _DECADES_OF_BITS = {8: 7, 4: 3}
 
 
-@lru_cache(maxsize=16)
+@cached_table
 def dynamic_codebook(signed: bool, device: torch.device, bits: int = 8) -> torch.Tensor:
     """The code values in ascending order, float32 [2^bits]. Cached and shared: do not modify."""
     if bits == 4 and not signed:
@@ -46,7 +46,7 @@ def dynamic_codebook(signed: bool, device: torch.device, bits: int = 8) -> torch
     return torch.from_numpy(values).to(device)
 
 
-@lru_cache(maxsize=16)
+@cached_table
 def _boundaries(signed: bool, device: torch.device, bits: int) -> torch.Tensor:
     """Midpoints between neighbouring codes, float32 [2^bits - 1]: fp32(0.5 * fp32(lower + upper))."""
     values = dynamic_codebook(signed, device, bits)
@@ -71,7 +71,7 @@ def encode_dynamic(x: torch.Tensor, signed: bool, bits: int = 8) -> torch.Tensor
     return (code + (flat >= upper.index_select(0, code))).to(torch.uint8).view(x.shape)
 
 
-@lru_cache(maxsize=16)
+@cached_table
 def _encode_tables(signed: bool, device: torch.device, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(code of the smallest value of each bucket of float32 patterns, int32 [2^17]; midpoint above each code [2^bits]).
 

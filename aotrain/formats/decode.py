@@ -1,8 +1,8 @@
 """Exact conversion of 8-bit data to bfloat16 or float32."""
 
-import functools
-
 import torch
+
+from aotrain.formats._tables import cached_table
 
 
 def decode_elements(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -16,6 +16,6 @@ def decode_elements(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return values.index_select(0, data.contiguous().view(torch.uint8).flatten().int()).view(data.shape)
 
 
-@functools.lru_cache(maxsize=16)
+@cached_table
 def _values_of_codes(element_dtype: torch.dtype, dtype: torch.dtype) -> torch.Tensor:
     return torch.arange(256, dtype=torch.uint8).view(element_dtype).to(dtype)

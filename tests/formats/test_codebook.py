@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from aotrain.formats.codebook import (
     decode_dynamic,
@@ -102,3 +103,13 @@ def test_ties_go_up():
     values = dynamic_codebook(False, CPU)
     midpoint = (values[200] + values[201]) * 0.5
     assert encode_dynamic(midpoint.reshape(1), False).item() == 201
+
+
+def test_tables_built_under_fake_tensors_are_not_kept():
+    values = torch.rand(100)
+    want = decode_dynamic(encode_dynamic(values, True), True)
+    with FakeTensorMode():
+        for bits in (8, 4):
+            fake = encode_dynamic(torch.rand(100), signed=True, bits=bits)
+            assert decode_dynamic(fake, signed=True, bits=bits).shape == (100,)
+    assert_bitwise_equal(decode_dynamic(encode_dynamic(values, True), True), want)
