@@ -15,18 +15,19 @@ from torchtitan.config import CommConfig, CompileConfig, ParallelismConfig, Trai
 from torchtitan.config.configs import DebugConfig
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 from torchtitan.protocols.model_spec import ModelSpec
-from torchtitan.trainer import Trainer
 
 from aotrain.integrations.config_file import JobError
 from aotrain.integrations.torchtitan import compat
+from aotrain.integrations.torchtitan.batch import BatchSizes, SavedData, batch_sizes
 from aotrain.integrations.torchtitan.checkpoint import CheckedCheckpoints
 from aotrain.integrations.torchtitan.data import TextDataLoader
 from aotrain.integrations.torchtitan.fsdp import with_plain_sum
-from aotrain.integrations.torchtitan.job import PretrainJob, batch_sizes
+from aotrain.integrations.torchtitan.job import PretrainJob
 from aotrain.integrations.torchtitan.metrics import RunMetrics
 from aotrain.integrations.torchtitan.models import llama3_spec, vocab_size
 from aotrain.integrations.torchtitan.optim import optimizer_config
 from aotrain.integrations.torchtitan.run_dir import CHECKPOINTS
+from aotrain.integrations.torchtitan.trainer import RunTrainer
 from aotrain.integrations.torchtitan.validate import RunValidator
 from aotrain.integrations.torchtitan.weight_init import name_parameter_inits
 
@@ -34,7 +35,9 @@ from aotrain.integrations.torchtitan.weight_init import name_parameter_inits
 _LARGE_VOCAB = 32768
 
 
-def build_config(job: PretrainJob, *, device_type: str, num_ranks: int, tokenizer_dir: Path) -> Trainer.Config:
+def build_config(
+    job: PretrainJob, *, device_type: str, num_ranks: int, tokenizer_dir: Path, saved: SavedData | None = None
+) -> RunTrainer.Config:
     """The trainer's config.
 
     Args:
@@ -42,14 +45,15 @@ def build_config(job: PretrainJob, *, device_type: str, num_ranks: int, tokenize
         device_type: "cpu" or "cuda".
         num_ranks: processes of the run.
         tokenizer_dir: from ``resolve_tokenizer``.
+        saved: of the checkpoint that the run continues from.
 
     Raises:
         JobError: sizes that do not divide; a recipe or a skip that matches no layer.
     """
     assert job.output_dir is not None
-    local_batch, global_batch = batch_sizes(job, num_ranks)
+    sizes = batch_sizes(job, num_ranks, saved)
     spec = _model_spec(job, device_type)
-    return Trainer.Config(
+    return RunTrainer.Config(
         model_spec=spec,
         hf_assets_path=str(tokenizer_dir),
         dump_folder=job.output_dir,
@@ -63,8 +67,8 @@ def build_config(job: PretrainJob, *, device_type: str, num_ranks: int, tokenize
             min_lr_factor=job.schedule.min_lr_ratio,
         ),
         training=TrainingConfig(
-            local_batch_size=local_batch,
-            global_batch_size=global_batch,
+            local_batch_size=sizes.local,
+            global_batch_size=sizes.total,
             seq_len=job.data.seq_len,
             max_norm=job.training.max_norm,
             steps=job.training.steps,
@@ -77,14 +81,8 @@ def build_config(job: PretrainJob, *, device_type: str, num_ranks: int, tokenize
             tensor_parallel_degree=job.parallelism.tp,
             spmd_backend=compat.spmd_backend(),
         ),
-        dataloader=_dataloader(job, spec, "train"),
-        validator=RunValidator.Config(
-            enable=job.validation.every is not None,
-            freq=job.validation.every or 1,
-            steps=job.validation.steps,
-            last_step=job.training.steps,
-            dataloader=_dataloader(job, spec, "validation"),
-        ),
+        dataloader=_train_data(job, spec, sizes, saved),
+        validator=_validator(job, spec, sizes),
         metrics=_metrics(job),
         checkpoint=_checkpoint(job),
         activation_checkpoint=_activation_checkpoint(job),
@@ -126,14 +124,33 @@ def _loss(spec: ModelSpec) -> BaseLoss.Config:
     return ChunkedLossWrapper.Config(loss_fn=plain)
 
 
-def _dataloader(job: PretrainJob, spec: ModelSpec, split: str) -> TextDataLoader.Config:
+def _train_data(job: PretrainJob, spec: ModelSpec, sizes: BatchSizes, saved: SavedData | None) -> TextDataLoader.Config:
     return TextDataLoader.Config(
         data=job.data,
-        split=split,
+        split="train",
         seed=job.training.seed,
         vocab_size=vocab_size(spec),
-        num_workers=job.data.workers if split == "train" else 0,
-        persistent_workers=job.data.workers > 0,
+        global_batch=sizes.total,
+        largest_batch=sizes.largest,
+        num_streams=saved.num_streams if saved else None,
+        num_workers=job.data.workers,
+    )
+
+
+def _validator(job: PretrainJob, spec: ModelSpec, sizes: BatchSizes) -> RunValidator.Config:
+    return RunValidator.Config(
+        enable=job.validation.every is not None,
+        freq=job.validation.every or 1,
+        # The trainer counts forward passes.
+        steps=job.validation.steps * sizes.passes,
+        last_step=job.training.steps,
+        dataloader=TextDataLoader.Config(
+            data=job.data,
+            split="validation",
+            seed=job.training.seed,
+            vocab_size=vocab_size(spec),
+            global_batch=sizes.total,
+        ),
     )
 
 

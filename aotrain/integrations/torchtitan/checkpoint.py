@@ -6,7 +6,9 @@ Saving, resuming, asynchronous writing and clean-up are torchtitan's. Before a c
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +21,16 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.stateful import Stateful
 from torchtitan.components.checkpointer import CheckpointManager
-from torchtitan.components.checkpointer.base import MODEL
+from torchtitan.components.checkpointer.base import DATALOADER, MODEL
 
-from aotrain.integrations.torchtitan.checkpoint_check import CheckpointError, check_files, check_fits, read_metadata
+from aotrain.integrations.torchtitan.batch import SavedData
+from aotrain.integrations.torchtitan.checkpoint_check import (
+    REMEDY,
+    CheckpointError,
+    check_files,
+    check_fits,
+    read_metadata,
+)
 
 
 class CheckedCheckpoints(CheckpointManager):
@@ -40,12 +49,44 @@ class CheckedCheckpoints(CheckpointManager):
         metadata = read_metadata(folder)
         check_files(folder, metadata)
         check_fits(folder, metadata, _flat(state_dict))
-        try:
-            dcp.load(state_dict, checkpoint_id=checkpoint_id, planner=_SafeLoadPlanner())
-        except CheckpointException as error:
-            reasons = "; ".join(f"rank {rank}: {failure[0]!r}" for rank, failure in sorted(error.failures.items()))
-            raise CheckpointError(f"checkpoint {folder} cannot be loaded: {reasons}") from error
+        _load(folder, state_dict)
         self.states[MODEL].load_state_dict(state_dict)
+
+
+def read_saved_data(folder: Path) -> SavedData:
+    """What a checkpoint remembers of its run's batches; needs no process group.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or its data position belongs to a fixed number of ranks.
+    """
+    metadata = read_metadata(folder)
+    check_files(folder, metadata)
+    fields = dataclasses.fields(SavedData)
+    if any(f"{DATALOADER}.{field.name}" not in metadata.state_dict_metadata for field in fields):
+        raise CheckpointError(
+            f"checkpoint {folder} keeps its data position in an older form, one per rank, or not at all; got no "
+            f"{DATALOADER}.{fields[0].name}. Start a new output_dir from its weights with checkpoint.init_from, or "
+            "finish the run with the version of aotrain that wrote it"
+        )
+    state: dict[str, Any] = {DATALOADER: {field.name: 0 for field in fields}}
+    with warnings.catch_warnings():
+        # DCP warns that it loads in one process, which is what is asked for.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        _load(folder, state, no_dist=True)
+    wrong = {name: value for name, value in state[DATALOADER].items() if not isinstance(value, int) or value < 1}
+    if wrong:
+        raise CheckpointError(
+            f"checkpoint {folder} is damaged: {DATALOADER} got {wrong}, want positive numbers. {REMEDY}"
+        )
+    return SavedData(**state[DATALOADER])
+
+
+def _load(folder: Path, state: dict[str, Any], *, no_dist: bool = False) -> None:
+    try:
+        dcp.load(state, checkpoint_id=str(folder), planner=_SafeLoadPlanner(), no_dist=no_dist)
+    except CheckpointException as error:
+        reasons = "; ".join(f"rank {rank}: {failure[0]!r}" for rank, failure in sorted(error.failures.items()))
+        raise CheckpointError(f"checkpoint {folder} cannot be loaded: {reasons}") from error
 
 
 class _SafeLoadPlanner(DefaultLoadPlanner):

@@ -45,6 +45,9 @@ _ALLOWED_GLOBALS = {
     },
 }
 
+# What to do about a damaged checkpoint.
+REMEDY = "Remove this step's folder to continue from the one before it"
+
 # How many differing keys a message names.
 _NAMED = 4
 
@@ -63,12 +66,12 @@ def read_metadata(folder: Path) -> Metadata:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise CheckpointError(f"checkpoint {folder}: cannot read {path.name}: {error.strerror}. {_REMEDY}") from error
+        raise CheckpointError(f"checkpoint {folder}: cannot read {path.name}: {error.strerror}. {REMEDY}") from error
     try:
         metadata = _MetadataUnpickler(io.BytesIO(data)).load()
     except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(
-            f"checkpoint {folder}: {path.name} ({len(data)} bytes) is damaged or no DCP metadata: {error}. {_REMEDY}"
+            f"checkpoint {folder}: {path.name} ({len(data)} bytes) is damaged or no DCP metadata: {error}. {REMEDY}"
         ) from error
     if not isinstance(metadata, Metadata):
         raise CheckpointError(f"checkpoint {folder}: {path.name} holds a {type(metadata).__name__}, not DCP metadata")
@@ -93,7 +96,7 @@ def check_files(folder: Path, metadata: Metadata) -> None:
         elif found < size:
             wrong.append(f"{name} has {found} bytes, expected {size}")
     if wrong:
-        raise CheckpointError(f"checkpoint {folder} is incomplete: {_some(wrong)}. {_REMEDY}")
+        raise CheckpointError(f"checkpoint {folder} is incomplete: {_some(wrong)}. {REMEDY}")
 
 
 def check_fits(folder: Path, metadata: Metadata, wanted: Mapping[str, Any]) -> None:
@@ -136,7 +139,6 @@ _OTHER_OPTIMIZER = (
     "written with another optimizer",
     "Use the optimizer of the checkpoint, or only its weights: checkpoint.init_from in a new output_dir",
 )
-_REMEDY = "Remove this step's folder to continue from the one before it"
 
 
 class _MetadataUnpickler(pickle.Unpickler):

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from aotrain.integrations.config_file import JobError, Section, load_config
+from aotrain.integrations.config_file import Section, load_config
 from aotrain.integrations.optimizers import ALIASES as OPTIMIZER_ALIASES
 
 Positive = Annotated[int, Field(ge=1)]
@@ -136,12 +136,15 @@ class Data(Section):
     hub_config: str | None = None
     # Tokens per sequence.
     seq_len: Positive = 2048
-    # Sequences per optimizer step, all ranks together; null: batch_size * data-parallel ranks.
+    # Sequences per optimizer step, all ranks together; null: batch_size * data-parallel ranks of the first start. A
+    # continued run keeps it, whatever the number of ranks.
     global_batch_size: Positive | None = None
-    # Sequences per rank and forward pass; null: global_batch_size / data-parallel ranks, without accumulation.
+    # Sequences per rank and forward pass; null: global_batch_size / data-parallel ranks of the first start, without
+    # accumulation, and later no more than that.
     batch_size: Positive | None = None
-    # sequence: ranks take turns in one global stream of sequences, so a step sees the same text with any number of
-    # ranks, but every rank tokenizes everything. document: ranks read different documents; for large data.
+    # sequence: ranks take turns in one global stream of sequences; every rank tokenizes everything. document: the
+    # documents are dealt onto many streams, and a rank reads only some; for large data. With both, a step sees the same
+    # text with any number of ranks.
     shard_by: Literal["sequence", "document"] = "sequence"
     # 1: read and tokenize in a background process. 0: in the training process; repeatable and light for small data.
     workers: Annotated[int, Field(ge=0, le=1)] = 0
@@ -227,7 +230,7 @@ class Validation(Section):
 
     # Steps between two measurements; also at step 1 and at the end. null: never.
     every: Positive | None = 100
-    # Batches per measurement, of the training batch size.
+    # Global batches per measurement: as many sequences with any number of ranks.
     steps: Positive = 10
 
 
@@ -282,34 +285,6 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> PretrainJob:
     if job.output_dir is None:
         job = job.model_copy(update={"output_dir": str(Path("runs") / Path(path).stem)})
     return job
-
-
-def batch_sizes(job: PretrainJob, num_ranks: int) -> tuple[int, int]:
-    """(sequences per rank and forward pass, sequences per optimizer step) on ``num_ranks`` ranks.
-
-    Raises:
-        JobError: when the numbers do not divide.
-    """
-    tp, replicate, shard = job.parallelism.tp, job.parallelism.dp_replicate, job.parallelism.dp_shard
-    fixed = tp * replicate * (shard if shard > 0 else 1)
-    if num_ranks % fixed or (shard > 0 and num_ranks != fixed):
-        raise JobError(
-            f"parallelism: dp_replicate {replicate} x dp_shard {shard} x tp {tp} does not make {num_ranks} ranks; "
-            f"start {fixed} ranks (torchrun --nproc-per-node) or set parallelism.dp_shard=-1"
-        )
-    dp = num_ranks // tp
-    local, total = job.data.batch_size, job.data.global_batch_size
-    if total is None:
-        assert local is not None  # _check refuses jobs that give neither
-        return local, local * dp
-    if local is None:
-        local = total // dp
-    if local == 0 or total % (local * dp):
-        raise JobError(
-            f"data.global_batch_size {total} is no multiple of batch_size x data-parallel ranks = {local or 1} x {dp}; "
-            f"change data.global_batch_size or data.batch_size"
-        )
-    return local, total
 
 
 def _check(job: PretrainJob) -> Iterator[tuple[str, str]]:

@@ -66,9 +66,10 @@ def run(job: PretrainJob) -> Path:
     compat.install()
 
     from aotrain.integrations.torchtitan.build import build_config
+    from aotrain.integrations.torchtitan.checkpoint import read_saved_data
     from aotrain.integrations.torchtitan.console import log_to, start_logging, stop_logging
     from aotrain.integrations.torchtitan.device import choose_device
-    from aotrain.integrations.torchtitan.run_dir import plan_resume, save_job
+    from aotrain.integrations.torchtitan.run_dir import CHECKPOINTS, plan_resume, save_job
     from aotrain.integrations.torchtitan.tokenizer import resolve_tokenizer
 
     assert job.output_dir is not None
@@ -78,15 +79,21 @@ def run(job: PretrainJob) -> Path:
     device_type = choose_device(job)
     _check_wandb(job)
     resume_step, changes = plan_resume(job)
+    saved = None if resume_step is None else read_saved_data(run_dir / CHECKPOINTS / f"step-{resume_step}")
     start_logging(rank)
     try:
         config = build_config(
-            job, device_type=device_type, num_ranks=num_ranks, tokenizer_dir=resolve_tokenizer(job.tokenizer)
+            job,
+            device_type=device_type,
+            num_ranks=num_ranks,
+            tokenizer_dir=resolve_tokenizer(job.tokenizer),
+            saved=saved,
         )
         log_to(run_dir, rank)
         if rank == 0:
             save_job(job)
             _announce(job, device_type, num_ranks, resume_step, changes)
+            _announce_batch(config, num_ranks // job.parallelism.tp)
         _wandb_environment(job)
         _train(config)
         if rank == 0:
@@ -144,6 +151,12 @@ def _announce(job: PretrainJob, device: str, num_ranks: int, resume_step: int | 
         log.info("continuing after step %d of %s", resume_step, job.output_dir)
     for change in changes:
         log.warning("changed since this run was last started: %s", change)
+
+
+def _announce_batch(config: Trainer.Config, ranks: int) -> None:
+    local, total = config.training.local_batch_size, config.training.global_batch_size
+    passes = total // (local * ranks)
+    log.info("%d sequences per step: %d per pass, %d data-parallel ranks, %d passes", total, local, ranks, passes)
 
 
 def _single_process_environment() -> None:

@@ -1,19 +1,24 @@
-"""Packing, sharing among ranks, and the position that a checkpoint keeps."""
+"""The dataloader that torchtitan drives, on every kind of corpus: the same steps and positions for all ranks."""
 
+import copy
+import functools
 import itertools
 import json
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
 from aotrain.integrations.config_file import JobError
-from aotrain.integrations.torchtitan.data import PackedText, TextDataLoader
+from aotrain.integrations.torchtitan import corpora
+from aotrain.integrations.torchtitan.data import TextDataLoader
 from aotrain.integrations.torchtitan.job import Data
 from aotrain.integrations.torchtitan.tokenizer import byte_tokenizer_dir
 
-DOCUMENTS = ["abcdefghij", "kl", "mnopqrstuvwxyz0123456789", "A", "BCD", "EFGHIJKLMNOP"]
+KINDS = ["stdlib", "text", "json", "parquet", "hub", "c4"]
+GLOBAL_BATCH = 12
+SEQ_LEN = 16
 
 
 @pytest.fixture
@@ -21,121 +26,151 @@ def tokenizer(tmp_path):
     return HuggingFaceTokenizer(tokenizer_path=str(byte_tokenizer_dir(tmp_path)))
 
 
-@pytest.fixture(params=["map", "stream"])
-def corpus(request):
-    dataset = Dataset.from_dict({"text": DOCUMENTS})
-    return lambda: dataset if request.param == "map" else dataset.to_iterable_dataset()
+@pytest.fixture
+def make_data(tmp_path, monkeypatch):
+    """The data section of a corpus of each kind; the hub's is a local stream in twelve shards."""
+    rows = Dataset.from_dict({"text": [f"{index}: " + "lorem ipsum " * (index % 5) for index in range(300)]})
+    monkeypatch.setattr(corpora, "load_dataset", _local_or(rows, corpora.load_dataset))
+    monkeypatch.setattr("aotrain.integrations.torchtitan.data.load_corpus", _loaded_once())
+
+    def make(kind: str, shard_by: str) -> Data:
+        path = None
+        if kind == "text":
+            path = tmp_path / "text"
+            path.mkdir()
+            for index in range(30):
+                (path / f"{index}.txt").write_text(f"{index} dolor sit amet " * 20)
+        elif kind == "json":
+            path = tmp_path / "rows.jsonl"
+            rows.to_json(path)
+        elif kind == "parquet":
+            path = tmp_path / "rows.parquet"
+            rows.to_parquet(path)
+        elif kind == "hub":
+            path = "someone/text"
+        return Data(dataset=kind, path=path and str(path), shard_by=shard_by, global_batch_size=GLOBAL_BATCH)
+
+    return make
 
 
-def packed(corpus, tokenizer, *, seq_len=8, block=2, rank=0, num_ranks=1, shard_by="sequence", infinite=True):
-    return PackedText(
-        corpus,
-        column="text",
-        tokenizer=tokenizer,
-        seq_len=seq_len,
-        block=block,
-        rank=rank,
-        num_ranks=num_ranks,
-        shard_by=shard_by,
-        seed=0,
-        infinite=infinite,
-    )
+def _local_or(rows, load_dataset):
+    def load(path, **settings):
+        if settings.get("streaming"):
+            return rows.to_iterable_dataset(num_shards=12)
+        return load_dataset(path, **settings)
+
+    return load
 
 
-def plain(samples):
-    return [(s["input"].tolist(), s["positions"].tolist(), labels.tolist()) for s, labels in samples]
+def _loaded_once():
+    """``load_corpus``, which takes a second for some kinds; streams keep a position, so each rank has its own."""
+    cached = functools.cache(lambda key, split, seed: corpora.load_corpus(Data.model_validate_json(key), split, seed))
+
+    def load(data, split, seed):
+        corpus = cached(data.model_dump_json(), split, seed)
+        return copy.deepcopy(corpus) if isinstance(corpus, IterableDataset) else corpus
+
+    return load
 
 
-def test_sequences_are_the_documents_end_to_end(corpus, tokenizer):
-    samples = plain(packed(corpus(), tokenizer, infinite=False))
-    tokens = [[256, *text.encode(), 257] for text in DOCUMENTS]
-    inputs = [token for document in tokens for token in document[:-1]]
-    labels = [token for document in tokens for token in document[1:]]
-    whole = len(inputs) // 8 * 8
-    assert [token for sample in samples for token in sample[0]] == inputs[:whole]
-    assert [token for sample in samples for token in sample[2]] == labels[:whole]
-
-
-def test_positions_restart_with_each_document_and_sequence(corpus, tokenizer):
-    first, second = plain(itertools.islice(packed(corpus(), tokenizer), 2))
-    # 11 inputs of the first document (bos and 10 letters), 3 of the second, then the third.
-    assert first[1] == list(range(8))
-    assert second[1] == [0, 1, 2, 0, 1, 2, 0, 1]
-
-
-@pytest.mark.parametrize("num_ranks", [2, 3])
-def test_a_step_sees_the_same_text_with_any_number_of_ranks(corpus, tokenizer, num_ranks):
-    total = 6
-    alone = plain(itertools.islice(packed(corpus(), tokenizer, block=total), 2 * total))
-    block = total // num_ranks
-    ranks = [
-        plain(itertools.islice(packed(corpus(), tokenizer, block=block, rank=rank, num_ranks=num_ranks), 2 * block))
+def loaders(data, tokenizer, num_ranks, *, block=None, **options):
+    config = TextDataLoader.Config(data=data, global_batch=GLOBAL_BATCH, **options)
+    return [
+        config.build(
+            dp_world_size=num_ranks,
+            dp_rank=rank,
+            tokenizer=tokenizer,
+            seq_len=SEQ_LEN,
+            local_batch_size=block or GLOBAL_BATCH // num_ranks,
+        )
         for rank in range(num_ranks)
     ]
-    for step in range(2):
-        together = [sample for samples in ranks for sample in samples[step * block : (step + 1) * block]]
-        assert together == alone[step * total : (step + 1) * total]
 
 
-def test_documents_are_divided_among_ranks(corpus, tokenizer):
-    seen = []
-    for rank in range(2):
-        samples = packed(corpus(), tokenizer, rank=rank, num_ranks=2, shard_by="document", infinite=False, seq_len=2)
-        seen.append({token for sample in plain(samples) for token in sample[0] if token < 256})
-    assert seen[0]
-    assert seen[1]
-    assert not seen[0] & seen[1]
+def steps(ranks, count, *, block=None):
+    """Sequences of each optimizer step of all ranks, sorted."""
+    passes = GLOBAL_BATCH // len(ranks) // (block or GLOBAL_BATCH // len(ranks))
+    iterators = [iter(rank) for rank in ranks]
+    found = []
+    for _ in range(count):
+        batches = [next(iterator) for iterator in iterators for _ in range(passes)]
+        found.append(
+            sorted((row, labels_row) for pair in batches for row, labels_row in zip(*_rows(pair), strict=True))
+        )
+    return found
 
 
-@pytest.mark.parametrize("taken", [0, 1, 2, 5, 9, 23])
-def test_a_position_continues_exactly(corpus, tokenizer, taken):
-    stream = packed(corpus(), tokenizer)
-    iterator = iter(stream)
-    for _ in range(taken):
-        next(iterator)
-    state = json.loads(json.dumps(stream.state_dict()))
-    resumed = packed(corpus(), tokenizer)
-    resumed.load_state_dict(state)
-    assert plain(itertools.islice(resumed, 10)) == plain(itertools.islice(iterator, 10))
+def _rows(batch):
+    inputs, labels = batch
+    return inputs["input"].tolist(), labels.tolist()
 
 
-def test_later_epochs_have_another_order(tokenizer):
-    corpus = Dataset.from_dict({"text": [f"{i:07d}" for i in range(50)]})  # 8 inputs each: one sequence per document
-    samples = plain(itertools.islice(packed(corpus, tokenizer), 150))
-    epochs = [samples[:50], samples[50:100], samples[100:]]
-    assert epochs[0] != epochs[1] != epochs[2]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
+@pytest.mark.parametrize("shard_by", ["sequence", "document"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_on_any_ranks_reads_the_same_steps_and_continues_on_any(kind, shard_by, make_data, tokenizer):
+    data = make_data(kind, shard_by)
+    alone = steps(loaders(data, tokenizer, 1), 4)
+    assert alone[0] != alone[1]
+    for saving, loading in [(1, 3), (2, 1), (2, 3), (3, 2), (4, 4)]:
+        ranks = loaders(data, tokenizer, saving)
+        assert steps(ranks, 2) == alone[:2]
+        # As DCP does: one dict of all ranks' entries.
+        merged = {key: value for rank in ranks for key, value in rank.state_dict().items()}
+        resumed = loaders(data, tokenizer, loading, block=1)
+        for rank in resumed:
+            assert rank.state_dict().keys() <= merged.keys()
+            rank.load_state_dict({key: merged[key] for key in rank.state_dict()})
+        assert steps(resumed, 2, block=1) == alone[2:]
 
 
-def loader(tokenizer, *, rank=0, num_ranks=1, **options):
-    config = TextDataLoader.Config(data=Data(global_batch_size=2), **options)
-    return config.build(dp_world_size=num_ranks, dp_rank=rank, tokenizer=tokenizer, seq_len=32, local_batch_size=2)
+def test_only_documents_are_dealt_onto_several_streams(make_data, tokenizer):
+    for kind, shard_by, expected in [("stdlib", "sequence", 1), ("stdlib", "document", 12), ("c4", "document", 12)]:
+        (rank,) = loaders(make_data(kind, shard_by), tokenizer, 1)
+        assert rank.state_dict()["num_streams"] == expected
 
 
-def test_the_loader_continues_from_its_state(tokenizer):
-    first = loader(tokenizer)
-    iterator = iter(first)
-    for _ in range(3):
-        next(iterator)
+def loader(tokenizer, **options):
+    (only,) = loaders(Data(global_batch_size=GLOBAL_BATCH), tokenizer, 1, block=2, **options)
+    return only
+
+
+def test_the_state_is_small_and_no_pickle(tokenizer):
+    first = loader(tokenizer, largest_batch=7)
+    next(iter(first))
     state = first.state_dict()
-    json.loads(state["dp_rank_0"])  # no pickle
-    second = loader(tokenizer)
-    second.load_state_dict(state)
-    for (left, left_labels), (right, right_labels), _ in zip(iterator, second, range(4), strict=False):
-        assert torch.equal(left["input"], right["input"])
-        assert torch.equal(left_labels, right_labels)
+    position = json.loads(state.pop("stream_0"))
+    assert position.keys() == {"epoch", "document", "offset", "source"}
+    assert state == {"global_batch": GLOBAL_BATCH, "largest_batch": 7, "num_streams": 1, "sequences": 2}
 
 
-def test_a_background_process_reads_the_same_text(tokenizer):
-    here = [batch["input"] for (batch, _), _ in zip(loader(tokenizer), range(3), strict=False)]
-    there = [batch["input"] for (batch, _), _ in zip(loader(tokenizer, num_workers=1), range(3), strict=False)]
-    assert all(torch.equal(a, b) for a, b in zip(here, there, strict=True))
+@pytest.mark.parametrize(("saving", "loading"), [(0, 0), (1, 0), (0, 1), (1, 1)])
+def test_a_background_process_reads_and_continues_the_same_text(tokenizer, saving, loading):
+    whole = [inputs["input"] for (inputs, _), _ in zip(loader(tokenizer), range(8), strict=False)]
+    first = loader(tokenizer, num_workers=saving)
+    before = [inputs["input"] for inputs, _ in itertools.islice(first, 4)]
+    second = loader(tokenizer, num_workers=loading)
+    second.load_state_dict(first.state_dict())
+    after = [inputs["input"] for inputs, _ in itertools.islice(second, 4)]
+    assert torch.equal(torch.stack(before + after), torch.stack(whole))
 
 
-def test_state_of_another_number_of_ranks_is_refused(tokenizer):
-    state = loader(tokenizer).state_dict()
-    with pytest.raises(JobError, match=r"saved by 1 data-parallel ranks, this run has 2; resume with 1"):
-        loader(tokenizer, num_ranks=2).load_state_dict(state)
+def test_a_state_of_other_streams_is_refused(make_data, tokenizer):
+    (documents,) = loaders(make_data("stdlib", "document"), tokenizer, 1)
+    with pytest.raises(JobError, match=r"data position is of 12 streams, this run reads 1; resume with the corpus"):
+        loader(tokenizer).load_state_dict(documents.state_dict())
+
+
+def test_streams_of_a_checkpoint_are_kept_when_the_batch_grows(make_data, tokenizer):
+    data = make_data("stdlib", "document")
+    (first,) = loaders(data, tokenizer, 1)
+    steps([first], 1)
+    config = TextDataLoader.Config(data=data, global_batch=2 * GLOBAL_BATCH, num_streams=12)
+    second = config.build(dp_world_size=1, dp_rank=0, tokenizer=tokenizer, seq_len=SEQ_LEN, local_batch_size=24)
+    second.load_state_dict(first.state_dict())
+    (inputs, _) = next(iter(second))
+    (small,) = loaders(data, tokenizer, 1)
+    expected = [row for step in steps([small], 3)[1:] for row, _ in step]
+    assert sorted(inputs["input"].tolist()) == sorted(expected)
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(tokenizer):

@@ -2,8 +2,8 @@
 
 import pytest
 
-from aotrain.integrations.config_file import ConfigError, JobError
-from aotrain.integrations.torchtitan.job import batch_sizes, load_job
+from aotrain.integrations.config_file import ConfigError
+from aotrain.integrations.torchtitan.job import load_job
 from aotrain.integrations.torchtitan.optim import TITAN_NAMES
 from aotrain.recipes import RECIPE_ALIASES, RECIPES
 
@@ -76,38 +76,6 @@ def test_optimizers_of_a_job_are_those_that_the_trainer_can_build(load):
 )
 def test_each_rule_has_its_message(load, overrides, message):
     assert problem(load, *overrides).startswith(message)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "num_ranks", "sizes"),
-    [
-        ([], 1, (8, 8)),
-        ([], 2, (4, 8)),
-        (["data.batch_size=2"], 1, (2, 8)),
-        (["data.batch_size=2"], 2, (2, 8)),
-        (["data.global_batch_size=null", "data.batch_size=3"], 4, (3, 12)),
-        (["parallelism.tp=2"], 4, (4, 8)),
-        (["parallelism.dp_replicate=2", "parallelism.dp_shard=2", "parallelism.tp=2"], 8, (2, 8)),
-    ],
-    ids=["one", "two", "accumulate", "two-accumulate", "per-rank", "tp", "hsdp-tp"],
-)
-def test_batch_sizes(load, overrides, num_ranks, sizes):
-    assert batch_sizes(load(MINIMAL, *overrides), num_ranks) == sizes
-
-
-@pytest.mark.parametrize(
-    ("overrides", "num_ranks", "message"),
-    [
-        ([], 3, "data.global_batch_size 8 is no multiple of batch_size x data-parallel ranks = 2 x 3"),
-        ([], 16, "data.global_batch_size 8 is no multiple of batch_size x data-parallel ranks = 1 x 16"),
-        (["parallelism.tp=2"], 3, "dp_replicate 1 x dp_shard -1 x tp 2 does not make 3 ranks"),
-        (["parallelism.dp_shard=2"], 4, "dp_replicate 1 x dp_shard 2 x tp 1 does not make 4 ranks; start 2 ranks"),
-    ],
-    ids=["three", "too-many", "tp", "fixed-shard"],
-)
-def test_layouts_that_do_not_divide(load, overrides, num_ranks, message):
-    with pytest.raises(JobError, match=message.replace("(", r"\(")):
-        batch_sizes(load(MINIMAL, *overrides), num_ranks)
 
 
 def test_the_two_cpu_jobs_differ_only_in_the_recipe():

@@ -134,7 +134,7 @@ def test_wandb_online_without_account_is_an_error(train, monkeypatch, tmp_path):
         (["data.dataset=text", "data.path=/no/such/file.txt"], "data.path: no such file: '/no/such/file.txt'"),
         (["data.dataset=text", "data.path={folder}"], "data: no files in"),
         (["tokenizer=./no/such/folder", "model.size=1b"], "tokenizer: no such folder"),
-        (["data.global_batch_size=3", "data.batch_size=2"], "data.global_batch_size 3 is no multiple"),
+        (["data.global_batch_size=3", "data.batch_size=2"], "data.batch_size: got 2, want a divisor of 3"),
         (["parallelism.tp=2"], "does not make 1 ranks"),
         (["training.device=cuda"], "training.device: cuda is asked for, but torch sees no GPU"),
         (["precision.recipe=float8_rowwise", "precision.skip=[w9]"], "precision.skip: 'w9' matches no linear layer"),
