@@ -71,6 +71,31 @@ def test_another_optimizer_is_told_apart_from_another_model(trained, train):
     assert "checkpoint.init_from in a new output_dir" in message
 
 
+def test_a_position_per_rank_is_of_an_older_version(train, monkeypatch, tmp_path):
+    from aotrain.integrations.torchtitan.data import TextDataLoader
+
+    older = {"dp_rank_0": "{}", "world_size": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(TextDataLoader, "state_dict", lambda self: older)
+        train("training.steps=2")
+    before = sorted((tmp_path / "run").rglob("*"))
+    message = refused(train)
+    assert "step-2 keeps its data position in an older form, one per rank, or not at all; got no dataloader." in message
+    assert "Start a new output_dir from its weights with checkpoint.init_from" in message
+    assert sorted((tmp_path / "run").rglob("*")) == before
+    assert train(f"checkpoint.init_from={tmp_path}/run/checkpoint/step-2", "training.steps=1", name="next")
+
+
+def test_batch_sizes_that_are_no_sizes_are_refused(train, monkeypatch):
+    from aotrain.integrations.torchtitan.data import TextDataLoader
+
+    state_dict = TextDataLoader.state_dict
+    with monkeypatch.context() as patch:
+        patch.setattr(TextDataLoader, "state_dict", lambda self: {**state_dict(self), "num_streams": 0})
+        train("training.steps=2")
+    assert "is damaged: dataloader got {'num_streams': 0}, want positive numbers" in refused(train)
+
+
 def test_metadata_that_would_run_code_is_refused(tmp_path):
     class Attack:
         def __reduce__(self):
