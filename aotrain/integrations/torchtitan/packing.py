@@ -69,13 +69,18 @@ class Turns:
 
     @property
     def streams(self) -> range:
-        """Numbers of the streams of this rank's group."""
-        return range(self.rank % self.num_groups, self.num_streams, self.num_groups)
+        """Numbers of the streams of this rank's group.
+
+        Neighbours, so that with a stream per sequence the batches of two ranks are those of two passes of one rank.
+        """
+        size = self.num_streams // self.num_groups
+        group = self.rank // self.num_turns
+        return range(group * size, (group + 1) * size)
 
     @property
     def turn(self) -> int:
         """Place of this rank within its group."""
-        return self.rank // self.num_groups
+        return self.rank % self.num_turns
 
     @property
     def num_turns(self) -> int:

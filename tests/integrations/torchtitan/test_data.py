@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from datasets import Dataset, IterableDataset
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
@@ -15,6 +16,7 @@ from aotrain.integrations.torchtitan import corpora
 from aotrain.integrations.torchtitan.data import TextDataLoader
 from aotrain.integrations.torchtitan.job import Data
 from aotrain.integrations.torchtitan.tokenizer import byte_tokenizer_dir
+from tests.distributed.ranks import run_ranks
 
 KINDS = ["stdlib", "text", "json", "parquet", "hub", "c4"]
 GLOBAL_BATCH = 12
@@ -121,6 +123,42 @@ def test_a_run_on_any_ranks_reads_the_same_steps_and_continues_on_any(kind, shar
             assert rank.state_dict().keys() <= merged.keys()
             rank.load_state_dict({key: merged[key] for key in rank.state_dict()})
         assert steps(resumed, 2, block=1) == alone[2:]
+
+
+MODES = ("sequence", "document")
+
+
+def read_and_save(rank, num_ranks, folder, tokenizer_dir):
+    """One of the saving ranks: a step of each mode, then a checkpoint."""
+    for shard_by in MODES:
+        loader = of_rank(rank, num_ranks, tokenizer_dir, shard_by)
+        next(iter(loader))
+        dcp.save({"dataloader": loader}, checkpoint_id=f"{folder}/{shard_by}")
+
+
+def load_and_read(rank, num_ranks, folder, tokenizer_dir):
+    """One of the loading ranks: its part of the next step of each mode."""
+    found = {}
+    for shard_by in MODES:
+        loader = of_rank(rank, num_ranks, tokenizer_dir, shard_by)
+        dcp.load({"dataloader": loader}, checkpoint_id=f"{folder}/{shard_by}")
+        (inputs, _) = next(iter(loader))
+        found[shard_by] = inputs["input"]
+    return found
+
+
+def of_rank(rank, num_ranks, tokenizer_dir, shard_by):
+    tokenizer = HuggingFaceTokenizer(tokenizer_path=tokenizer_dir)
+    return loaders(Data(shard_by=shard_by, global_batch_size=GLOBAL_BATCH), tokenizer, num_ranks)[rank]
+
+
+def test_a_checkpoint_of_two_ranks_is_continued_by_three(tmp_path):
+    tokenizer_dir = str(byte_tokenizer_dir(tmp_path))
+    run_ranks(read_and_save, 2, str(tmp_path), tokenizer_dir)
+    parts = run_ranks(load_and_read, 3, str(tmp_path), tokenizer_dir)
+    for shard_by in MODES:
+        second = steps([of_rank(0, 1, tokenizer_dir, shard_by)], 2)[1]
+        assert sorted(torch.cat([part[shard_by] for part in parts]).tolist()) == [row for row, _ in second]
 
 
 def test_only_documents_are_dealt_onto_several_streams(make_data, tokenizer):

@@ -179,6 +179,17 @@ def test_a_position_of_some_ranks_continues_on_others(corpus, tokenizer, num_str
     assert after.position()["sequences"] == 6 * GLOBAL_BATCH
 
 
+@pytest.mark.parametrize("num_streams", [1, 12])
+def test_batches_of_two_ranks_are_passes_of_one(corpus, tokenizer, num_streams):
+    """Then their operands have the same scales, and only the order of sums of gradients may differ."""
+
+    def batches(rank, num_ranks):
+        text = PackedText(corpus(MANY, 12), turns=Turns(num_streams, rank, num_ranks), block=3, **options(tokenizer))
+        return [inputs["input"].tolist() for (inputs, _), _ in itertools.islice(text, 4 // num_ranks)]
+
+    assert sorted(batches(0, 2) + batches(1, 2)) == sorted(batches(0, 1))
+
+
 def test_one_stream_takes_up_a_changed_batch_and_number_of_ranks(corpus, tokenizer):
     one = PackedText(corpus(), turns=Turns(1, 0, 1), block=5, **options(tokenizer))
     iterator = iter(one)

@@ -61,6 +61,13 @@ def test_resume_is_bit_for_bit(train, config):
     assert numbers(parts) == numbers(whole)
 
 
+def test_resume_of_many_streams_read_in_the_background(train):
+    options = ("data.shard_by=document", "data.workers=1", "data.global_batch_size=4", "data.batch_size=1")
+    whole = train("training.steps=4", *options, name="whole")
+    train("training.steps=2", *options, name="parts")
+    assert numbers(train("training.steps=4", *options, name="parts")) == numbers(whole)
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_4bit", "adamw_fp8"])
 def test_resume_with_every_optimizer(train, optimizer):
     name = f"optimizer.name={optimizer}"
