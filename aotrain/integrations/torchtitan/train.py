@@ -156,7 +156,7 @@ def _announce(job: PretrainJob, device: str, num_ranks: int, resume_step: int | 
 def _announce_batch(config: Trainer.Config, ranks: int) -> None:
     local, total = config.training.local_batch_size, config.training.global_batch_size
     passes = total // (local * ranks)
-    log.info("%d sequences per step: %d per pass, %d data-parallel ranks, %d passes", total, local, ranks, passes)
+    log.info("%d sequences per step: data-parallel ranks %d x passes %d x batch %d", total, ranks, passes, local)
 
 
 def _single_process_environment() -> None:

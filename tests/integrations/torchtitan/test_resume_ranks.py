@@ -68,7 +68,7 @@ def test_sigkill_and_resume_on_any_number_of_ranks(killed, train, tmp_path):
         shutil.copytree(folder, copy)
     started = {ranks: start_each(CONFIG, copies[ranks], *JOB, ranks=ranks) for ranks in (2, 3)}
     train(*JOB, name="on1", config=CONFIG)
-    layouts = {2: "3 per pass, 2 data-parallel ranks, 1 passes", 3: "2 per pass, 3 data-parallel ranks, 1 passes"}
+    layouts = {2: "data-parallel ranks 2 x passes 1 x batch 3", 3: "data-parallel ranks 3 x passes 1 x batch 2"}
     for ranks, processes in started.items():
         output = finish(*processes)
         assert f"continuing after step {saved} of" in output
