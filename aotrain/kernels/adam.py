@@ -95,6 +95,8 @@ def adam_step(
         first_indices=[tensors.first_index for tensors in batch] if stochastic else [],
         row_strides=[tensors.row_stride for tensors in batch] if stochastic else [],
     )
+    # For autograd, which would not notice that a tensor it saved has changed.
+    torch.autograd.graph.increment_version([tensors.param for tensors in batch])
 
 
 def adam_problem(tensors: AdamTensors, *, state_format: str, block_size: int) -> str | None:

@@ -8,7 +8,7 @@ import torch
 from aotrain.kernels.adam import AdamScalars
 from aotrain.optim.base import LowBitOptimizer, ParamStep
 from aotrain.optim.bitsandbytes_arguments import BitsandbytesArguments, check_bitsandbytes_arguments
-from aotrain.optim.fused import fused_adam_steps
+from aotrain.optim.fused import FusedAdamSteps
 from aotrain.optim.sharding import local_of
 from aotrain.optim.state import adam_moment_names
 from aotrain.optim.step import adam_scalars, adam_update
@@ -90,7 +90,10 @@ class _LowBitAdam(LowBitOptimizer):
         )
 
     def _step_fused(self, steps: list[ParamStep]) -> list[ParamStep]:
-        return fused_adam_steps(steps, self._scalars)
+        # Not set in __init__: copies and unpickled optimizers have only groups and state.
+        if "_fused_steps" not in self.__dict__:
+            self._fused_steps = FusedAdamSteps(self._scalars)
+        return self._fused_steps(steps)
 
 
 class _LowBitAdamW(_LowBitAdam):

@@ -24,7 +24,7 @@ class ParamStep:
         grad: its gradient on this rank, dense, of any floating dtype.
         group: its parameter group.
         state: its state, created if this is the first step.
-        moments: how the state is stored.
+        moments_of: says how the state is stored.
         number: 1 for the first step of this parameter.
         position: of the parameter among all parameters of the optimizer.
     """
@@ -33,9 +33,14 @@ class ParamStep:
     grad: torch.Tensor
     group: dict[str, Any]
     state: dict[str, torch.Tensor]
-    moments: tuple[Moment, ...]
+    moments_of: Callable[[torch.Tensor, Mapping[str, Any]], tuple[Moment, ...]]
     number: int
     position: int
+
+    @property
+    def moments(self) -> tuple[Moment, ...]:
+        """How the state is stored."""
+        return self.moments_of(self.param, self.group)
 
     @property
     def stochastic(self) -> bool:
@@ -193,25 +198,24 @@ class LowBitOptimizer(torch.optim.Optimizer, ABC):
         return [self._begin_step(*each) for each in found]
 
     def _begin_step(self, param: torch.Tensor, grad: torch.Tensor, group: dict[str, Any], position: int) -> ParamStep:
-        moments = self.moments(param, group)
         state = self.state[param]
         if not state:
             state["step"] = torch.tensor(0.0, dtype=torch.float32)
-            for moment in moments:
+            for moment in self.moments(param, group):
                 state.update(moment.init(param))
         state["step"] += 1
-        return ParamStep(param, grad, group, state, moments, int(state["step"].item()), position)
+        return ParamStep(param, grad, group, state, self.moments, int(state["step"].item()), position)
 
     def _step_fused(self, steps: list[ParamStep]) -> list[ParamStep]:
         """Do the steps that a kernel can do; returns the others."""
         return steps
 
     def _step_reference(self, step: ParamStep) -> None:
-        local, group = local_of(step.param), step.group
-        values = [moment.read(step.state, local) for moment in step.moments]
+        local, group, moments = local_of(step.param), step.group, step.moments
+        values = [moment.read(step.state, local) for moment in moments]
         grad = step.grad.float()
         updated, new_values = self.update(step.param, -grad if group["maximize"] else grad, values, group, step.number)
-        for moment, value in zip(step.moments, new_values, strict=True):
+        for moment, value in zip(moments, new_values, strict=True):
             moment.write(step.state, value)
         if step.stochastic:
             updated = _round_to_bfloat16(updated, step.param, step.rounding_key)

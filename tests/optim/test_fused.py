@@ -83,3 +83,42 @@ def test_groups_with_options_of_their_own_and_amsgrad():
     train(optimizers[1], plain, reference=True)
     for got, want in zip(fused.parameters(), plain.parameters(), strict=True):
         assert_bitwise_equal(got.detach(), want.detach())
+
+
+def test_a_step_bumps_the_version_of_its_parameters():
+    network = model(torch.float32)
+    versions = [param._version for param in network.parameters()]
+    train(optim.AdamW8bit(network.parameters()), network, reference=False, steps=1)
+    assert all(param._version > before for param, before in zip(network.parameters(), versions, strict=True))
+
+
+@pytest.mark.parametrize("change", ["moved", "loaded", "grad dtype", "grad layout", "bits"])
+def test_what_was_prepared_is_prepared_anew_after_a_change(change: str):
+    fused = model(torch.bfloat16)
+    plain = copy.deepcopy(fused)
+    optimizers = [optim.AdamW8bit(network.parameters(), lr=1e-2) for network in (fused, plain)]
+    train(optimizers[0], fused, reference=False, steps=2)
+    train(optimizers[1], plain, reference=True, steps=2)
+    for network, optimizer in zip((fused, plain), optimizers, strict=True):
+        weight = network[1].weight
+        if change == "moved":
+            weight.data = weight.data.clone()
+        elif change == "loaded":
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        elif change == "bits":
+            state = optim.convert_state(optimizer.state_dict(), optimizer)
+            optimizer.param_groups[0]["bits"] = 32
+            optimizer.load_state_dict(optim.convert_state(state, optimizer))
+        grads = [torch.ones(param.shape, dtype=param.dtype) for param in network.parameters()]
+        if change == "grad dtype":
+            weight.grad_dtype = None
+            grads[1] = grads[1].float()
+        elif change == "grad layout":
+            grads[1] = grads[1].t().contiguous().t()
+        for param, grad in zip(network.parameters(), grads, strict=True):
+            param.grad = grad
+        if network is plain:
+            optimizer._step_fused = lambda steps: steps
+        optimizer.step()
+    for got, want in zip(fused.parameters(), plain.parameters(), strict=True):
+        assert_bitwise_equal(got.detach(), want.detach())
