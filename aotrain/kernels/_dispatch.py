@@ -6,12 +6,13 @@ import warnings
 
 import torch
 
-# The first compute capability that Triton compiles float8 e4m3 for.
-_MIN_CAPABILITY = (8, 9)
+# The first compute capability that Triton compiles float8 e4m3 for, and any of this package's kernels.
+FLOAT8_CAPABILITY = (8, 9)
+MIN_CAPABILITY = (8, 0)
 
 
-def triton_problem(device: torch.device) -> str | None:
-    """Why this package's Triton kernels cannot run on the device; None when they can.
+def triton_problem(device: torch.device, capability: tuple[int, int] = FLOAT8_CAPABILITY) -> str | None:
+    """Why a Triton kernel that needs this compute capability cannot run on the device; None when it can.
 
     A CPU device has no problem: there the kernels run under Triton's interpreter, which only tests ask for.
     """
@@ -19,17 +20,17 @@ def triton_problem(device: torch.device) -> str | None:
         return "triton is not installed (pip install triton)"
     if device.type != "cuda":
         return None
-    return _cuda_problem(device.index if device.index is not None else torch.cuda.current_device())
+    return _cuda_problem(device.index if device.index is not None else torch.cuda.current_device(), capability)
 
 
 @functools.lru_cache(maxsize=64)
-def _cuda_problem(index: int) -> str | None:
+def _cuda_problem(index: int, needed: tuple[int, int]) -> str | None:
     if torch.version.hip is not None:
         return "the kernels are not tested on ROCm yet"
     capability = torch.cuda.get_device_capability(index)
-    if capability < _MIN_CAPABILITY:
+    if capability < needed:
         name = torch.cuda.get_device_name(index)
-        return f"{name} has compute capability {capability[0]}.{capability[1]}, float8 kernels need 8.9"
+        return f"{name} has compute capability {capability[0]}.{capability[1]}, the kernel needs {needed[0]}.{needed[1]}"
     return None
 
 

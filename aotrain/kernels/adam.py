@@ -6,11 +6,12 @@ is no other implementation: ask `adam_problem` first.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from aotrain.kernels import _adam_cpu
+from aotrain.kernels._dispatch import FLOAT8_CAPABILITY, MIN_CAPABILITY, triton_problem
 from aotrain.kernels._library import LIBRARY
 
 LIBRARY.define(
@@ -22,6 +23,8 @@ LIBRARY.define(
 )
 
 _DTYPES = (torch.float32, torch.bfloat16)
+# A block and both its moments stay in the registers of one program of the Triton kernel.
+_MAX_CUDA_BLOCK = 8192
 
 
 class AdamTensors(NamedTuple):
@@ -104,7 +107,7 @@ def adam_problem(tensors: AdamTensors, *, state_format: str, block_size: int) ->
     param, grad, *state = tensors[:6]
     present = [param, grad, *(tensor for tensor in state if tensor is not None)]
     device = param.device
-    if device.type != "cpu":
+    if device.type not in ("cpu", "cuda"):
         return f"there is no kernel for {device.type} tensors"
     if any(tensor.device != device or tensor.layout != torch.strided for tensor in present):
         return f"a tensor is not dense on {device}"
@@ -115,6 +118,8 @@ def adam_problem(tensors: AdamTensors, *, state_format: str, block_size: int) ->
     problem = _shape_problem(tensors, state_format, block_size)
     if problem is not None:
         return problem
+    if device.type == "cuda":
+        return _cuda_problem(device, state_format, block_size)
     return _adam_cpu.problem(state_format, block_size)
 
 
@@ -144,6 +149,18 @@ def _shape_problem(tensors: AdamTensors, state_format: str, block_size: int) -> 
     return None
 
 
+def _cuda_problem(device: torch.device, state_format: str, block_size: int) -> str | None:
+    if state_format != "float32" and (block_size & (block_size - 1) or block_size > _MAX_CUDA_BLOCK):
+        return f"the block size must be a power of two up to {_MAX_CUDA_BLOCK} on a GPU, not {block_size}"
+    return triton_problem(device, FLOAT8_CAPABILITY if state_format == "float8_e4m3fn" else MIN_CAPABILITY)
+
+
+def _cuda(*lists: Sequence[torch.Tensor], **options: Any) -> None:
+    from aotrain.kernels.triton._adam_launch import adam_
+
+    adam_(*lists, **options)
+
+
 def _fake(*lists: Sequence[torch.Tensor], **scalars: object) -> None:
     """Nothing to allocate."""
 
@@ -154,4 +171,5 @@ def _signed(key: int) -> int:
 
 
 LIBRARY.impl("adam_", _adam_cpu.adam_, "CPU")
+LIBRARY.impl("adam_", _cuda, "CUDA")
 torch.library.register_fake("aotrain::adam_", _fake, lib=LIBRARY)

@@ -9,7 +9,9 @@ their bit patterns. `corrected_interpreter()` replaces the few functions that ar
 |-----------------------------------------------------|------------------------------------------------------------|
 | `_convert_float`, `InterpreterBuilder.cast_impl`    | torch's casts: nearest even; float8 saturates and has one  |
 |                                                     | NaN, as `cvt.rn.satfinite` does                            |
-| `binary_op`, `ternary_op`, `unary_op`, `create_fma` | bfloat16 operands compute in float32 and round once        |
+| `binary_op`, `ternary_op`, `unary_op`               | bfloat16 operands compute in float32 and round once        |
+| `create_fma`                                        | of float32 is rounded once                                 |
+| `create_minnumf`, `create_maxnumf`                  | the number where one operand is NaN, as the hardware does  |
 | `create_dot`                                        | bfloat16 operands are widened to float32                   |
 | `ReduceScanOpInterface.check_tensor`                | reductions of bfloat16 raise: upcast first, as kernels must |
 | `_patch_lang_tensor`                                | sizes passed to a kernel work in `range` (3.6.0, numpy 2.4) |
@@ -54,7 +56,9 @@ def corrected_interpreter() -> Iterator[None]:
         (builder, "binary_op", _in_float32(builder.binary_op, num_operands=2)),
         (builder, "ternary_op", _in_float32(builder.ternary_op, num_operands=3)),
         (builder, "unary_op", _in_float32(builder.unary_op, num_operands=1)),
-        (builder, "create_fma", _in_float32(builder.create_fma, num_operands=3)),
+        (builder, "create_fma", _in_float32(_fused_multiply_add, num_operands=3)),
+        (builder, "create_minnumf", _in_float32(_numpy_operation(np.fmin), num_operands=2)),
+        (builder, "create_maxnumf", _in_float32(_numpy_operation(np.fmax), num_operands=2)),
         (builder, "create_dot", _dot_in_float32(builder.create_dot)),
         (interpreter.ReduceScanOpInterface, "check_tensor", _reject_bfloat16),
         (interpreter, "_patch_lang_tensor", _with_index(interpreter._patch_lang_tensor)),
@@ -116,6 +120,33 @@ def _in_float32(stock: Callable[..., Any], num_operands: int) -> Callable[..., A
             data = _convert_float(result.data, tl.float32, tl.bfloat16, None)
             return interpreter.TensorHandle(data, tl.bfloat16)
         return result
+
+    return operation
+
+
+def _fused_multiply_add(self: Any, x: Any, y: Any, z: Any) -> Any:
+    """x * y + z rounded once. The product of two float32 is exact in float64, the sum is rounded to odd there.
+
+    Source: Boldo & Melquiond, "Emulation of FMA and correctly rounded sums: proved algorithms using rounding to odd",
+    2008, theorem 3: rounding to odd with two extra bits or more, then to nearest, rounds as once.
+    """
+    if x.dtype.scalar != tl.float32:
+        return interpreter.TensorHandle(x.data * y.data + z.data, x.dtype.scalar)
+    product, addend = x.data.astype(np.float64) * y.data.astype(np.float64), z.data.astype(np.float64)
+    total = product + addend
+    # What the addition lost (Knuth's two-sum); its sign says on which side of `total` the exact sum lies.
+    part = total - product
+    lost = (product - (total - part)) + (addend - part)
+    bits = np.asarray(total).view(np.int64)
+    inexact = np.isfinite(total) & np.isfinite(lost) & (lost != 0)
+    toward_zero = np.where((lost < 0) == (total > 0), bits - 1, bits)  # the sum truncated
+    odd = np.where(inexact, toward_zero | 1, bits).view(np.float64)
+    return interpreter.TensorHandle(odd.astype(np.float32), tl.float32)
+
+
+def _numpy_operation(function: Callable[..., Any]) -> Callable[..., Any]:
+    def operation(self: Any, x: Any, y: Any) -> Any:
+        return interpreter.TensorHandle(function(x.data, y.data), x.dtype.scalar)
 
     return operation
 
