@@ -30,7 +30,9 @@ def _cuda_problem(index: int, needed: tuple[int, int]) -> str | None:
     capability = torch.cuda.get_device_capability(index)
     if capability < needed:
         name = torch.cuda.get_device_name(index)
-        return f"{name} has compute capability {capability[0]}.{capability[1]}, the kernel needs {needed[0]}.{needed[1]}"
+        return (
+            f"{name} has compute capability {capability[0]}.{capability[1]}, the kernel needs {needed[0]}.{needed[1]}"
+        )
     return None
 
 

@@ -20,11 +20,14 @@ import triton.language as tl
 from aotrain.kernels.triton._adam_maps import map_constants, packed_tables
 from aotrain.kernels.triton.adam import NUM_COLUMNS, adam_kernel
 
-# Elements per program, 16 for each of 256 threads: with fewer the tables of the maps cost more than they save.
+# Elements per program: 16 for each of 256 threads, since with fewer the tables of the maps cost more than they save. The
+# paths without vector loads need more registers per element. Chosen from compiled instruction and register counts
+# (docs/LOG.md, benchmarks/results/aot_kernels.csv); not measured on a GPU yet.
 _TILE = 4096
-_NUM_WARPS = 8
+_SMALL_TILE = 1024
+NUM_WARPS = 8
 # float32 state has no blocks; its rows are cut for the grid.
-_FLOAT32_BLOCK = 256
+FLOAT32_BLOCK = 256
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 
 
@@ -38,7 +41,7 @@ class _Row(NamedTuple):
     row_stride: int
 
 
-class _Class(NamedTuple):
+class Class(NamedTuple):
     """Compile-time properties that the parameters of a launch share; named as the kernel's arguments."""
 
     FLAT: bool
@@ -48,7 +51,7 @@ class _Class(NamedTuple):
 
 
 class _Launch(NamedTuple):
-    shared: _Class
+    shared: Class
     members: tuple[int, ...]
     table: torch.Tensor
     tiles: torch.Tensor
@@ -74,7 +77,7 @@ def adam_(
     """See `aotrain.kernels.adam`. Tests call it with CPU tensors under Triton's interpreter."""
     lists = [params, grads, exp_avgs, exp_avg_scales, exp_avg_sqs, exp_avg_sq_scales]
     if state_format == "float32":
-        block_size = _FLOAT32_BLOCK
+        block_size = FLOAT32_BLOCK
         lists[3], lists[5] = exp_avgs, exp_avg_sqs  # never read
     if not params:
         return
@@ -101,19 +104,18 @@ def adam_(
                 maps,
                 **float32_scalars,
                 coupled_decay=_to_float32(coupled_decay),
-                **kernel_constants(param_dtype, grad_dtype, state_format, block_size),
-                **launch.shared._asdict(),
+                **kernel_constants(param_dtype, grad_dtype, state_format, block_size, launch.shared),
                 MAXIMIZE=maximize,
                 COUPLED=coupled_decay != 0.0,
-                num_warps=_NUM_WARPS,
+                num_warps=NUM_WARPS,
                 enable_fp_fusion=False,
             )
 
 
 def kernel_constants(
-    param_dtype: torch.dtype, grad_dtype: torch.dtype, state_format: str, block_size: int
+    param_dtype: torch.dtype, grad_dtype: torch.dtype, state_format: str, block_size: int, shared: Class
 ) -> dict[str, object]:
-    """Compile-time constants that depend on formats alone."""
+    """Compile-time constants of a launch, but for those that the options of the optimizer decide."""
     return {
         "PARAM_TYPE": _TYPES[param_dtype],
         "GRAD_TYPE": _TYPES[grad_dtype],
@@ -121,13 +123,14 @@ def kernel_constants(
         "SIGNED_MAP": map_constants(state_format, True),
         "UNSIGNED_MAP": map_constants(state_format, False),
         "BLOCK": block_size,
-        "TILE_BLOCKS": tile_blocks(block_size),
+        "TILE_BLOCKS": _tile_blocks(block_size, shared),
+        **shared._asdict(),
     }
 
 
-def tile_blocks(block_size: int) -> int:
+def _tile_blocks(block_size: int, shared: Class) -> int:
     """Blocks per program."""
-    return max(1, _TILE // block_size)
+    return max(1, (_TILE if shared.ALIGNED and shared.ROUNDING != "stochastic" else _SMALL_TILE) // block_size)
 
 
 @functools.lru_cache(maxsize=64)
@@ -140,14 +143,14 @@ def _launches(
     stream: int,  # a table is only safe to use on the stream that it was copied on
 ) -> tuple[_Launch, ...]:
     """What to launch for these parameters, their tables on the device."""
-    classes: dict[_Class, list[int]] = {}
+    classes: dict[Class, list[int]] = {}
     described = [_describe(row, state_format, block_size, stochastic) for row in rows]
     for index, (shared, _) in enumerate(described):
         if rows[index].num_rows * rows[index].row_length > 0:
             classes.setdefault(shared, []).append(index)
     table: list[int] = []
     tiles = []
-    for members in classes.values():
+    for shared, members in classes.items():
         counts = []
         for index in members:
             num_rows, row_length = described[index][1]
@@ -155,7 +158,7 @@ def _launches(
             num_blocks = num_rows * blocks_per_row
             position = (num_blocks, row_length, blocks_per_row, sum(counts))
             table += (*rows[index].addresses, *position, rows[index].first_index, rows[index].row_stride)
-            counts.append(-(-num_blocks // tile_blocks(block_size)))
+            counts.append(-(-num_blocks // _tile_blocks(block_size, shared)))
         tiles.append(_tile_map(tuple(counts), device, stream))
     tables = _upload(table, device).split([NUM_COLUMNS * len(members) for members in classes.values()])
     return tuple(
@@ -171,7 +174,7 @@ def _tile_map(counts: tuple[int, ...], device: torch.device, stream: int) -> tor
     return _to_device(tiles, device)
 
 
-def _describe(row: _Row, state_format: str, block_size: int, stochastic: bool) -> tuple[_Class, tuple[int, int]]:
+def _describe(row: _Row, state_format: str, block_size: int, stochastic: bool) -> tuple[Class, tuple[int, int]]:
     """(class of a parameter, (rows, row length) as the kernel sees them)."""
     quantized = state_format != "float32"
     # Several rows can be read as one where neither blocks nor random bits begin anew.
@@ -189,14 +192,12 @@ def _describe(row: _Row, state_format: str, block_size: int, stochastic: bool) -
     if stochastic:
         starts = (row.first_index, block_size, 0 if flat else row.row_stride)
         rounding = "stochastic8" if all(start % 8 == 0 for start in starts) else "stochastic"
-    return _Class(flat, whole, aligned, rounding), (num_rows, row_length)
+    return Class(flat, whole, aligned, rounding), (num_rows, row_length)
 
 
 def _row(tensors: Sequence[torch.Tensor], first_index: int, row_stride: int) -> _Row:
     shape = tensors[0].shape
-    return _Row(
-        tuple(tensor.data_ptr() for tensor in tensors), shape[0], shape[1:].numel(), first_index, row_stride
-    )
+    return _Row(tuple(tensor.data_ptr() for tensor in tensors), shape[0], shape[1:].numel(), first_index, row_stride)
 
 
 def _upload(values: list[int], device: torch.device) -> torch.Tensor:

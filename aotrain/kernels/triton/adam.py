@@ -21,6 +21,7 @@ Exactness:
 import triton
 import triton.language as tl
 
+from aotrain.formats import BFLOAT16
 from aotrain.kernels.triton._adam_maps import INDEX_SHIFT, QUOTIENT_FACTOR
 from aotrain.kernels.triton._numerics import magnitude_bits, saturating_cast
 
@@ -40,8 +41,7 @@ _INDEX_SHIFT = tl.constexpr(INDEX_SHIFT)
 # Added for a negative number: one code more, one pattern less.
 _MIRROR = tl.constexpr(1 - (1 << INDEX_SHIFT))
 _FACTOR = tl.constexpr(QUOTIENT_FACTOR)
-_INFINITY_BITS = tl.constexpr(0x7F800000)
-_BFLOAT16_MAX_BITS = tl.constexpr(0x7F7F0000)
+_BFLOAT16_MAX = tl.constexpr(BFLOAT16.max)
 
 
 @triton.jit
@@ -84,9 +84,7 @@ def _pack_nibbles(codes):
 @triton.jit
 def _unpack(state, STATE: tl.constexpr, WORDS: tl.constexpr):
     """Codes, one per element, from what a moment is stored in: int32, and uint8 for float8."""
-    if STATE == "float8_e4m3fn":
-        return state
-    codes = state.to(tl.int32)
+    codes = state if STATE == "float8_e4m3fn" else state.to(tl.int32)
     if WORDS:
         codes = _unpack_bytes(codes)
     if STATE == "dynamic4":
@@ -114,11 +112,11 @@ def _load_numbers(
     if WORDS and TYPE == tl.bfloat16:
         pairs = tl.arange(0, mask.shape[1] // 2)[None, :]
         pointers = _pointer(address_ptr, tl.int32, ALIGNMENT) + ((start // 2)[:, None] + pairs)
-        words = tl.load(pointers, mask=tl.broadcast_to(block_mask[:, None], pointers.shape), other=0)
+        words = tl.load(pointers, mask=tl.broadcast_to(block_mask[:, None], pointers.shape))
         halves = tl.join(words << 16, words & -65536)
         return tl.reshape(halves, mask.shape).to(tl.float32, bitcast=True)
     offsets = start[:, None] + tl.arange(0, mask.shape[1])[None, :]
-    return tl.load(_pointer(address_ptr, TYPE, ALIGNMENT) + offsets, mask=mask, other=0.0).to(tl.float32)
+    return tl.load(_pointer(address_ptr, TYPE, ALIGNMENT) + offsets, mask=mask).to(tl.float32)
 
 
 @triton.jit
@@ -156,19 +154,22 @@ def _encode(x, scale, maps_ptr, STATE: tl.constexpr, MAP: tl.constexpr):
     """Codes of x / scale, int32 in [0, 2^bits)."""
     if STATE == "float8_e4m3fn":
         rounded = saturating_cast(_quotient(x, scale, 1.0), tl.float8e4nv, _FLOAT8_MAX)
-        return rounded.to(tl.uint8, bitcast=True).to(tl.int32)
-    # NaN becomes the largest value: the minimum takes the number.
-    quotient = tl.minimum(_quotient(x, scale, _FACTOR), _FACTOR)
-    if MAP.signed:
-        quotient = tl.maximum(quotient, MAP.most_negative)
-        sign = quotient.to(tl.int32, bitcast=True) >> 31
-        quotient = tl.abs(quotient)
-    bits = tl.maximum(quotient, MAP.lowest).to(tl.int32, bitcast=True)
-    entry = _gather(tl.load(maps_ptr + MAP.entries_at + tl.arange(0, MAP.size)), (bits >> MAP.shift) - MAP.first)
-    if MAP.signed:
-        # The mirror image of code c is 2^bits - 1 - (c + 1), and ties go the other way.
-        return (((entry + sign * _MIRROR + bits) >> _INDEX_SHIFT) ^ sign) & MAP.last_code
-    return (entry + bits) >> _INDEX_SHIFT
+        codes = rounded.to(tl.uint8, bitcast=True).to(tl.int32)
+    else:
+        # NaN becomes the largest value: the minimum takes the number.
+        quotient = tl.minimum(_quotient(x, scale, _FACTOR), _FACTOR)
+        if MAP.signed:
+            quotient = tl.maximum(quotient, MAP.most_negative)
+            sign = quotient.to(tl.int32, bitcast=True) >> 31
+            quotient = tl.abs(quotient)
+        bits = tl.maximum(quotient, MAP.lowest).to(tl.int32, bitcast=True)
+        entry = _gather(tl.load(maps_ptr + MAP.entries_at + tl.arange(0, MAP.size)), (bits >> MAP.shift) - MAP.first)
+        if MAP.signed:
+            # The mirror image of code c is 2^bits - 1 - (c + 1), and ties go the other way.
+            codes = (((entry + sign * _MIRROR + bits) >> _INDEX_SHIFT) ^ sign) & MAP.last_code
+        else:
+            codes = (entry + bits) >> _INDEX_SHIFT
+    return codes
 
 
 @triton.jit
@@ -218,12 +219,11 @@ def _noise(key, first, COLUMNS: tl.constexpr, ROUNDING: tl.constexpr):
 
 @triton.jit
 def _round_stochastic(x, noise):
-    """float32 to bfloat16: saturating for finite numbers; NaN and infinity are kept."""
+    """float32 to bfloat16: saturating for finite numbers; infinity is kept, and NaN if it is quiet, as results are."""
     bits = x.to(tl.int32, bitcast=True)
-    magnitude = bits & 0x7FFFFFFF
-    rounded = ((tl.minimum(magnitude, _BFLOAT16_MAX_BITS) + noise) >> 16) | ((bits >> 16) & 0x8000)
-    finite = rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return tl.where(magnitude < _INFINITY_BITS, finite, x.to(tl.bfloat16))
+    # From the largest bfloat16 on, dropping the low half is right for numbers and for infinity.
+    bits += tl.where(tl.abs(x) < _BFLOAT16_MAX, noise, 0)
+    return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
@@ -255,8 +255,9 @@ def adam_kernel(
 ):
     QUANTIZED: tl.constexpr = STATE != "float32"
     PACKED: tl.constexpr = STATE == "dynamic4"
-    WORDS: tl.constexpr = FLAT and WHOLE and ALIGNED
-    CODE_WORDS: tl.constexpr = WORDS and (PACKED or STATE == "dynamic8")
+    # With float32 state, words would give the parameter another layout than the state.
+    WORDS: tl.constexpr = FLAT and WHOLE and ALIGNED and QUANTIZED
+    CODE_WORDS: tl.constexpr = WORDS and STATE != "float8_e4m3fn"
     # 8 elements per thread: 16 bytes of bfloat16, 8 of codes. With 16, loads of float32 would leave gaps.
     WIDE: tl.constexpr = 16 if ALIGNED else 1
     STATE_TYPE: tl.constexpr = tl.int32 if CODE_WORDS else (tl.uint8 if QUANTIZED else tl.float32)
@@ -295,13 +296,13 @@ def adam_kernel(
     state_offsets = state_start[:, None] + state_columns
     m_ptrs = _pointer(table + _EXP_AVG, STATE_TYPE, STATE_WIDE) + state_offsets
     v_ptrs = _pointer(table + _EXP_AVG_SQ, STATE_TYPE, STATE_WIDE) + state_offsets
-    m = tl.load(m_ptrs, mask=state_mask, other=0)
-    v = tl.load(v_ptrs, mask=state_mask, other=0)
+    m = tl.load(m_ptrs, mask=state_mask)
+    v = tl.load(v_ptrs, mask=state_mask)
     if QUANTIZED:
         m_scale_ptrs = _pointer(table + _EXP_AVG_SCALE, tl.float32, 4) + block
         v_scale_ptrs = _pointer(table + _EXP_AVG_SQ_SCALE, tl.float32, 4) + block
-        m_scale = tl.load(m_scale_ptrs, mask=block_mask, other=1.0)
-        v_scale = tl.load(v_scale_ptrs, mask=block_mask, other=1.0)
+        m_scale = tl.load(m_scale_ptrs, mask=block_mask)
+        v_scale = tl.load(v_scale_ptrs, mask=block_mask)
         m = _decode(_unpack(m, STATE, CODE_WORDS), m_scale, maps_ptr, STATE)
         v = _decode(_unpack(v, STATE, CODE_WORDS), v_scale, maps_ptr + (16 if PACKED else 256), STATE)
 

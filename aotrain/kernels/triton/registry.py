@@ -8,8 +8,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from aotrain.formats import FLOAT8_E4M3, FLOAT8_E5M2, SCALE_FORMATS
-from aotrain.kernels.triton import scaled_cast
+from aotrain.kernels.adam import AdamScalars
+from aotrain.kernels.triton import _adam_launch, scaled_cast
+from aotrain.kernels.triton._adam_launch import FLOAT32_BLOCK, Class
+from aotrain.kernels.triton.adam import adam_kernel
 
 _POINTER_OF_ELEMENT = {"float8_e4m3fn": "*fp8e4nv", "float8_e5m2": "*fp8e5"}
 
@@ -54,7 +59,38 @@ def scaled_cast_rowwise() -> Iterator[KernelVariant]:
             yield _rowwise(dtype, element, "float32", middle, True, row_major=True)
 
 
-KERNELS: tuple[Callable[[], Iterator[KernelVariant]], ...] = (scaled_cast_rowwise,)
+def adam() -> Iterator[KernelVariant]:
+    """Every state format on its fastest path, and for 8-bit state all roundings, dtypes and paths."""
+    whole = Class(FLAT=True, WHOLE=True, ALIGNED=True, ROUNDING="nearest")
+    ragged = Class(FLAT=False, WHOLE=False, ALIGNED=True, ROUNDING="nearest")
+    for state, block_size in (("dynamic8", 256), ("dynamic4", 128), ("float8_e4m3fn", 256), ("float32", FLOAT32_BLOCK)):
+        yield _adam("bf16", state, block_size, whole)
+    yield _adam("fp32", "dynamic8", 256, whole)
+    yield _adam("bf16", "dynamic8", 256, whole._replace(ROUNDING="stochastic8"))
+    yield _adam("bf16", "dynamic8", 256, ragged)
+    yield _adam("bf16", "dynamic4", 128, ragged._replace(ALIGNED=False))
+    yield _adam("bf16", "dynamic8", 256, ragged._replace(ALIGNED=False, ROUNDING="stochastic"))
+
+
+KERNELS: tuple[Callable[[], Iterator[KernelVariant]], ...] = (scaled_cast_rowwise, adam)
+
+
+def _adam(dtype: str, state: str, block_size: int, shared: Class) -> KernelVariant:
+    torch_dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    constants = _adam_launch.kernel_constants(torch_dtype, torch_dtype, state, block_size, shared)
+    constants |= {"MAXIMIZE": False, "COUPLED": False}
+    pointers = {"table_ptr": "*i64", "tile_ptr": "*i32", "key_ptr": "*i64", "maps_ptr": "*i32"}
+    scalars = dict.fromkeys(AdamScalars._fields, "fp32")
+    path = "whole" if shared.WHOLE else "ragged" if shared.ALIGNED else "unaligned"
+    return KernelVariant(
+        name="adam",
+        variant=f"{dtype}-{state}-{block_size}-{path}-{shared.ROUNDING}",
+        kernel=adam_kernel,
+        signature=pointers | scalars | dict.fromkeys(constants, "constexpr"),
+        constants=constants,
+        aligned=tuple(pointers),
+        num_warps=_adam_launch.NUM_WARPS,
+    )
 
 
 def _rowwise(

@@ -36,15 +36,15 @@ def same(actual: torch.Tensor, expected: torch.Tensor, what: str) -> None:
 class Model:
     """Parameters and state stepped by the reference and by the kernel."""
 
-    def __init__(
-        self, params: Sequence[torch.Tensor], state: str, block_size: int = 256, device: str = "cpu"
-    ) -> None:
+    def __init__(self, params: Sequence[torch.Tensor], state: str, block_size: int = 256, device: str = "cpu") -> None:
         self.state, self.block_size, self.device = state, block_size, device
         if state == "float32":
             self.moments = Float32Moment("m"), Float32Moment("v")
         else:
             self.moments = FORMATS[state]("m", True, block_size), FORMATS[state]("v", False, block_size)
-        self.want = [[param.clone(), *self._encode(torch.zeros(param.shape), torch.zeros(param.shape))] for param in params]
+        self.want = [
+            [param.clone(), *self._encode(torch.zeros(param.shape), torch.zeros(param.shape))] for param in params
+        ]
         self.got = [[x.clone().to(device) for x in tensors] for tensors in self.want]
 
     def _encode(self, m: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
