@@ -35,8 +35,9 @@ def optimizers() -> dict[str, Callable[[list[torch.Tensor]], torch.optim.Optimiz
 
 
 def optim_cases(device: torch.device) -> Iterator[Case]:
-    """One step of each optimizer over all matrices, float32 and bfloat16."""
+    """One step of each optimizer over all matrices, float32 and bfloat16, and the bandwidth ceiling."""
     shapes = GPU_SHAPES if device.type == "cuda" else CPU_SHAPES
+    yield _copy(device)
     for dtype in (torch.float32, torch.bfloat16):
         for name, make in optimizers().items():
             params = [torch.nn.Parameter(torch.randn(shape, device=device, dtype=dtype)) for shape in shapes]
@@ -49,6 +50,18 @@ def optim_cases(device: torch.device) -> Iterator[Case]:
                 torch.cuda.synchronize()
             first_ms = (time.perf_counter() - start) * 1e3
             yield _case(f"{name}-{str(dtype).removeprefix('torch.')}", params, optimizer, first_ms)
+
+
+def _copy(device: torch.device) -> Case:
+    x = torch.zeros(2**28 if device.type == "cuda" else 2**24, device=device)
+    target = torch.ones_like(x)
+
+    def check() -> None:
+        target.copy_(x)
+        assert not target.any(), "a copy differs"
+
+    shape = f"{x.numel() / 1e6:.1f}M"
+    return Case(name="copy", shape=shape, run=lambda: target.copy_(x), check=check, bytes_moved=8 * x.numel())
 
 
 def _case(name: str, params: list[torch.Tensor], optimizer: torch.optim.Optimizer, first_ms: float) -> Case:

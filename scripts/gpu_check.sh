@@ -27,4 +27,5 @@ stage() { # name, command...
 stage environment "$PYTHON" -c 'import torch; assert torch.cuda.is_available(), "no GPU"; print(torch.__version__, torch.cuda.get_device_name())'
 stage tests "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests/kernels
 stage scaled_cast "$PYTHON" -m benchmarks.run scaled_cast
+stage optim "$PYTHON" -m benchmarks.run optim
 exit $failed

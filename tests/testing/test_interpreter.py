@@ -1,6 +1,7 @@
 """The corrected interpreter against torch over all values, and the proof that the correction is still needed."""
 
 from collections.abc import Callable
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -46,6 +47,13 @@ def _binary_kernel(x_ptr, y_ptr, z_ptr, n, OPERATION: tl.constexpr, BLOCK: tl.co
     else:
         z = tl.maximum(x, y)
     tl.store(z_ptr + offsets, z, mask=mask)
+
+
+@triton.jit
+def _fma_kernel(x_ptr, y_ptr, z_ptr, out_ptr, N: tl.constexpr):
+    offsets = tl.arange(0, N)
+    x, y, z = tl.load(x_ptr + offsets), tl.load(y_ptr + offsets), tl.load(z_ptr + offsets)
+    tl.store(out_ptr + offsets, tl.fma(x, y, z))
 
 
 @triton.jit
@@ -158,9 +166,37 @@ class TestCorrected:
         with pytest.raises(Exception, match="cannot reduce or scan bfloat16"):
             _sum_kernel[(1,)](x, torch.zeros(1, dtype=torch.bfloat16), N=16)
 
+    def test_fused_multiply_add_rounds_once(self) -> None:
+        x, y, noise = torch.randn(3, 4096)
+        exact = x.double() * y.double()
+        # Far apart, cancelling to the last bits, near a tie, and below the normal range.
+        z = torch.cat([noise[:1024], -exact[1024:2048].float(), (noise * 1e9)[2048:3072], (noise * 1e-9)[3072:]])
+        x[:64] *= 1e-25
+        y[:64] *= 1e-20
+        z[:64] *= 1e-40
+        out = torch.zeros(4096)
+        _fma_kernel[(1,)](x, y, z, out, N=4096)
+        assert_bitwise_equal(out, torch.tensor([_nearest_float32(*each) for each in zip(x, y, z, strict=True)]))
+
+    def test_maximum_and_minimum_ignore_nan(self) -> None:
+        x, y = torch.tensor([[torch.nan, 1.0, torch.nan], [2.0, torch.nan, torch.nan]])
+        _equal_up_to_nan(_binary(x, y, "maximum"), torch.fmax(x, y))
+
     def test_float32_arithmetic_is_untouched(self) -> None:
         x, y = torch.randn(2, 1000)
         assert_bitwise_equal(_binary(x, y, "multiply"), x * y)
+
+
+def _nearest_float32(x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> float:
+    """x * y + z in rational arithmetic, rounded to the nearest float32, ties to even."""
+    exact = Fraction(x.item()) * Fraction(y.item()) + Fraction(z.item())
+    guess = torch.tensor(float(exact))
+    near = torch.stack([guess, *(guess.nextafter(torch.tensor(end)) for end in (-torch.inf, torch.inf))])
+    return min(near.tolist(), key=lambda value: (abs(Fraction(value) - exact), _is_odd(value)))
+
+
+def _is_odd(value: float) -> bool:
+    return bool(torch.tensor(value).view(torch.int32) & 1)
 
 
 def _wrong_narrowing() -> bool:
@@ -181,6 +217,10 @@ def _wrong_binary() -> bool:
     return not torch.equal(_binary(x, y, "add"), x + y)
 
 
+def _wrong_maximum() -> bool:
+    return bool(_binary(torch.tensor([torch.nan]), torch.ones(1), "maximum").isnan())
+
+
 def _wrong_dot() -> bool:
     x, y = torch.eye(16).to(torch.bfloat16), torch.ones(16, 16).to(torch.bfloat16)
     return not torch.equal(_dot(x, y), y.float())
@@ -197,6 +237,7 @@ STOCK_DEFECTS = {
     "fp32-to-e4m3": _wrong_float8(FLOAT8_E4M3),
     "fp32-to-e5m2": _wrong_float8(FLOAT8_E5M2),
     "bf16-arithmetic": _wrong_binary,
+    "maximum-of-nan": _wrong_maximum,
     "bf16-dot": _wrong_dot,
     "bf16-reduction": _wrong_sum,
 }

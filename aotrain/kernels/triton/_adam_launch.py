@@ -20,8 +20,8 @@ import triton.language as tl
 from aotrain.kernels.triton._adam_maps import map_constants, packed_tables
 from aotrain.kernels.triton.adam import NUM_COLUMNS, adam_kernel
 
-# Elements per program: 16 for each of 256 threads, since with fewer the tables of the maps cost more than they save. The
-# paths without vector loads need more registers per element. Chosen from compiled instruction and register counts
+# Elements per program: 16 for each of 256 threads, since with fewer the tables of the maps cost more than they save.
+# The paths without vector loads need more registers per element. Chosen from compiled instruction and register counts
 # (docs/LOG.md, benchmarks/results/aot_kernels.csv); not measured on a GPU yet.
 _TILE = 4096
 _SMALL_TILE = 1024
@@ -148,6 +148,8 @@ def _launches(
     for index, (shared, _) in enumerate(described):
         if rows[index].num_rows * rows[index].row_length > 0:
             classes.setdefault(shared, []).append(index)
+    if not classes:
+        return ()
     table: list[int] = []
     tiles = []
     for shared, members in classes.items():

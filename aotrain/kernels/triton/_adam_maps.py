@@ -11,8 +11,8 @@ narrow enough to hold at most one midpoint between neighbouring codes. Where its
 so that adding the pattern carries into the code exactly from the midpoint on. Patterns of one bucket differ by less
 than 2^20. All of it is int32 arithmetic modulo 2^32.
 
-The signed maps have entries for magnitudes only: -y has the mirror image of y's code. A tie goes to the larger value, so
-a negative number at a midpoint stays below it: its pattern is reduced by one.
+The signed maps have entries for magnitudes only: -y has the mirror image of y's code. A tie goes to the larger value,
+so a negative number at a midpoint stays below it: its pattern is reduced by one.
 """
 
 import functools

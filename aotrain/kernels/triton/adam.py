@@ -11,9 +11,9 @@ Exactness:
 
 - Each operation is rounded once, as in the reference: fusion is off at launch, roots and quotients are `sqrt_rn` and
   `div_rn`.
-- x / scale is needed to decide on which side of a midpoint it lies. With R the correctly rounded reciprocal of the scale,
-  q0 = x * R and q = q0 + (x - q0 * scale) * R with two fused multiply-adds; the tests show by enumerating the hard
-  cases that q compares with every midpoint as the correctly rounded quotient does.
+- x / scale is needed to decide on which side of a midpoint it lies. With R the correctly rounded reciprocal of the
+  scale, q0 = x * R and q = q0 + (x - q0 * scale) * R with two fused multiply-adds; the tests show by enumerating the
+  hard cases that q compares with every midpoint as the correctly rounded quotient does.
 - Codes are looked up in shared memory (`tl.gather`), which takes 4 instructions to decode and 4 to encode; see
   `_adam_maps`.
 """
@@ -131,7 +131,7 @@ def _decode(codes, scale, decode_ptr, STATE: tl.constexpr):
     if STATE == "float8_e4m3fn":
         values = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
     else:
-        SIZE: tl.constexpr = 16 if STATE == "dynamic4" else 256
+        SIZE: tl.constexpr = tl.constexpr(16 if STATE == "dynamic4" else 256)
         values = _gather(tl.load(decode_ptr + tl.arange(0, SIZE)), codes).to(tl.float32, bitcast=True)
     return values * scale[:, None]
 
@@ -150,7 +150,7 @@ def _quotient(x, scale, FACTOR: tl.constexpr):
 
 
 @triton.jit
-def _encode(x, scale, maps_ptr, STATE: tl.constexpr, MAP: tl.constexpr):
+def _encode(x, scale, maps_ptr, STATE: tl.constexpr, MAP):
     """Codes of x / scale, int32 in [0, 2^bits)."""
     if STATE == "float8_e4m3fn":
         rounded = saturating_cast(_quotient(x, scale, 1.0), tl.float8e4nv, _FLOAT8_MAX)
@@ -160,9 +160,9 @@ def _encode(x, scale, maps_ptr, STATE: tl.constexpr, MAP: tl.constexpr):
         quotient = tl.minimum(_quotient(x, scale, _FACTOR), _FACTOR)
         if MAP.signed:
             quotient = tl.maximum(quotient, MAP.most_negative)
-            sign = quotient.to(tl.int32, bitcast=True) >> 31
-            quotient = tl.abs(quotient)
-        bits = tl.maximum(quotient, MAP.lowest).to(tl.int32, bitcast=True)
+        sign = quotient.to(tl.int32, bitcast=True) >> 31
+        magnitude = tl.abs(quotient) if MAP.signed else quotient
+        bits = tl.maximum(magnitude, MAP.lowest).to(tl.int32, bitcast=True)
         entry = _gather(tl.load(maps_ptr + MAP.entries_at + tl.arange(0, MAP.size)), (bits >> MAP.shift) - MAP.first)
         if MAP.signed:
             # The mirror image of code c is 2^bits - 1 - (c + 1), and ties go the other way.
@@ -259,10 +259,12 @@ def adam_kernel(
     WORDS: tl.constexpr = FLAT and WHOLE and ALIGNED and QUANTIZED
     CODE_WORDS: tl.constexpr = WORDS and STATE != "float8_e4m3fn"
     # 8 elements per thread: 16 bytes of bfloat16, 8 of codes. With 16, loads of float32 would leave gaps.
-    WIDE: tl.constexpr = 16 if ALIGNED else 1
-    STATE_TYPE: tl.constexpr = tl.int32 if CODE_WORDS else (tl.uint8 if QUANTIZED else tl.float32)
-    STATE_WIDE: tl.constexpr = (4 if PACKED else (8 if QUANTIZED else 16)) if ALIGNED else 1
-    PER_STATE: tl.constexpr = (2 if PACKED else 1) * (4 if CODE_WORDS else 1)  # elements per item of state
+    WIDE: tl.constexpr = tl.constexpr(16 if ALIGNED else 1)
+    STATE_TYPE: tl.constexpr = tl.constexpr(tl.int32 if CODE_WORDS else (tl.uint8 if QUANTIZED else tl.float32))
+    STATE_WIDE: tl.constexpr = tl.constexpr((4 if PACKED else (8 if QUANTIZED else 16)) if ALIGNED else 1)
+    PER_STATE: tl.constexpr = tl.constexpr(
+        (2 if PACKED else 1) * (4 if CODE_WORDS else 1)
+    )  # elements per item of state
 
     # Where the tile lies.
     tensor = tl.load(tile_ptr + tl.program_id(0)).to(tl.int64)
