@@ -6,10 +6,10 @@
 narrow enough to hold at most one midpoint between neighbouring codes. Where its midpoint has the pattern `middle` and
 `code` is the code below it,
 
-    entry = code * 2^20 + 2^20 - middle            code of y = (entry + pattern of y) >> 20
+    entry = code * 2^24 + 2^24 - middle            code of y = high byte of (entry + pattern of y)
 
 so that adding the pattern carries into the code exactly from the midpoint on. Patterns of one bucket differ by less
-than 2^20. All of it is int32 arithmetic modulo 2^32.
+than 2^24. All of it is int32 arithmetic modulo 2^32.
 
 The signed maps have entries for magnitudes only: -y has the mirror image of y's code. A tie goes to the larger value,
 so a negative number at a midpoint stays below it: its pattern is reduced by one.
@@ -24,7 +24,7 @@ from aotrain.formats.codebook import dynamic_codebook
 
 # Quotients carry this factor, so that factor / scale is a normal number for every finite scale.
 QUOTIENT_FACTOR = 4.0
-INDEX_SHIFT = 20
+CODE_SHIFT = 24
 _BITS = {"dynamic8": 8, "dynamic4": 4}
 
 
@@ -39,7 +39,6 @@ class MapConstants(NamedTuple):
         first: see `shift`.
         lowest: start of the first bucket, below every midpoint.
         most_negative: the most negative value times QUOTIENT_FACTOR; there is no code for -1.
-        last_code: 2^bits - 1.
     """
 
     signed: bool
@@ -49,7 +48,6 @@ class MapConstants(NamedTuple):
     first: int
     lowest: float
     most_negative: float
-    last_code: int
 
 
 class _Map(NamedTuple):
@@ -89,8 +87,8 @@ def _map(signed: bool, bits: int) -> _Map:
     index = torch.bucketize(starts, patterns)  # midpoints below the start
     middle = torch.nn.functional.pad(patterns, (0, 1), value=2**31)[index]
     has_midpoint = middle < starts + (1 << shift)
-    half = 1 << (INDEX_SHIFT - 1)
-    entries = (zero_code + index << INDEX_SHIFT) + torch.where(has_midpoint, 2 * half - middle, half - starts)
+    half = 1 << (CODE_SHIFT - 1)
+    entries = (zero_code + index << CODE_SHIFT) + torch.where(has_midpoint, 2 * half - middle, half - starts)
     size = 1 << (len(entries) - 1).bit_length()
     constants = MapConstants(
         signed=signed,
@@ -101,14 +99,13 @@ def _map(signed: bool, bits: int) -> _Map:
         first=first,
         lowest=float(starts[:1].to(torch.int32).view(torch.float32)),
         most_negative=-float(magnitudes[-2]) * QUOTIENT_FACTOR,
-        last_code=2**bits - 1,
     )
     return _Map(constants, values, torch.nn.functional.pad(_wrapped(entries), (0, size - len(entries))))
 
 
 def _widest_bucket(patterns: torch.Tensor) -> int:
     """The largest shift that gives every midpoint a bucket of its own."""
-    for shift in range(INDEX_SHIFT - 1, 0, -1):
+    for shift in range(CODE_SHIFT - 1, 0, -1):
         buckets = patterns >> shift
         if bool((buckets[1:] > buckets[:-1]).all()):
             return shift

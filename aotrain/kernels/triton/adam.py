@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from aotrain.formats import BFLOAT16
-from aotrain.kernels.triton._adam_maps import INDEX_SHIFT, QUOTIENT_FACTOR
+from aotrain.kernels.triton._adam_maps import CODE_SHIFT, QUOTIENT_FACTOR
 from aotrain.kernels.triton._numerics import magnitude_bits, saturating_cast
 
 # Columns of the address table.
@@ -37,9 +37,12 @@ _NUM_COLUMNS = tl.constexpr(NUM_COLUMNS)
 _AMAX_MIN = tl.constexpr(1e-12)
 _FLOAT8_MAX = tl.constexpr(448.0)
 _BYTE = tl.constexpr(255)
-_INDEX_SHIFT = tl.constexpr(INDEX_SHIFT)
+_HIGH_BYTE = tl.constexpr(-(1 << 24))
+_HIGH_HALF = tl.constexpr(-(1 << 16))
+_HIGH_NIBBLE = tl.constexpr(-(1 << 28))
+_LOW_NIBBLE = tl.constexpr(0x0F << 24)
 # Added for a negative number: one code more, one pattern less.
-_MIRROR = tl.constexpr(1 - (1 << INDEX_SHIFT))
+_MIRROR = tl.constexpr(1 - (1 << CODE_SHIFT))
 _FACTOR = tl.constexpr(QUOTIENT_FACTOR)
 _BFLOAT16_MAX = tl.constexpr(BFLOAT16.max)
 
@@ -63,10 +66,10 @@ def _unpack_bytes(words):
 
 @triton.jit
 def _pack_bytes(codes):
-    """Words of four codes, int32 in [0, 256), along a row."""
+    """Words of four codes along a row, from int32 with the code in the high byte."""
     even, odd = tl.split(tl.reshape(codes, (codes.shape[0], codes.shape[1] // 4, 2, 2)))
-    low, high = tl.split(even | (odd << 8))
-    return low | (high << 16)
+    low, high = tl.split(((even >> 8) & 0xFFFFFF) | (odd & _HIGH_BYTE))
+    return ((low >> 16) & 0xFFFF) | (high & _HIGH_HALF)
 
 
 @triton.jit
@@ -76,9 +79,9 @@ def _unpack_nibbles(codes):
 
 @triton.jit
 def _pack_nibbles(codes):
-    """Bytes of two 4-bit codes, the even element in the high half."""
-    high, low = tl.split(tl.reshape(codes, (codes.shape[0], codes.shape[1] // 2, 2)))
-    return (high << 4) | low
+    """Pairs of 4-bit codes in the high byte, the even element in its high half; codes in the low half before."""
+    even, odd = tl.split(tl.reshape(codes, (codes.shape[0], codes.shape[1] // 2, 2)))
+    return ((even << 4) & _HIGH_NIBBLE) | (odd & _LOW_NIBBLE)
 
 
 @triton.jit
@@ -94,13 +97,15 @@ def _unpack(state, STATE: tl.constexpr, WORDS: tl.constexpr):
 
 @triton.jit
 def _pack(codes, mask, STATE: tl.constexpr, WHOLE: tl.constexpr, WORDS: tl.constexpr):
-    """The reverse of `_unpack`, int32."""
+    """The reverse of `_unpack`, from codes in the high byte of int32."""
     if STATE == "dynamic4":
         if not WHOLE:  # the last byte of a row of odd length is padded with code 0
             codes = tl.where(mask, codes, 0)
         codes = _pack_nibbles(codes)
     if WORDS:
         codes = _pack_bytes(codes)
+    else:
+        codes = codes >> 24
     return codes
 
 
@@ -151,10 +156,10 @@ def _quotient(x, scale, FACTOR: tl.constexpr):
 
 @triton.jit
 def _encode(x, scale, maps_ptr, STATE: tl.constexpr, MAP):
-    """Codes of x / scale, int32 in [0, 2^bits)."""
+    """Codes of x / scale, int32 with the code in the high byte."""
     if STATE == "float8_e4m3fn":
         rounded = saturating_cast(_quotient(x, scale, 1.0), tl.float8e4nv, _FLOAT8_MAX)
-        codes = rounded.to(tl.uint8, bitcast=True).to(tl.int32)
+        codes = rounded.to(tl.uint8, bitcast=True).to(tl.int32) << 24
     else:
         # NaN becomes the largest value: the minimum takes the number.
         quotient = tl.minimum(_quotient(x, scale, _FACTOR), _FACTOR)
@@ -166,9 +171,9 @@ def _encode(x, scale, maps_ptr, STATE: tl.constexpr, MAP):
         entry = _gather(tl.load(maps_ptr + MAP.entries_at + tl.arange(0, MAP.size)), (bits >> MAP.shift) - MAP.first)
         if MAP.signed:
             # The mirror image of code c is 2^bits - 1 - (c + 1), and ties go the other way.
-            codes = (((entry + sign * _MIRROR + bits) >> _INDEX_SHIFT) ^ sign) & MAP.last_code
+            codes = (entry + sign * _MIRROR + bits) ^ sign
         else:
-            codes = (entry + bits) >> _INDEX_SHIFT
+            codes = entry + bits
     return codes
 
 
