@@ -111,17 +111,21 @@ def _pack(codes, mask, STATE: tl.constexpr, WHOLE: tl.constexpr, WORDS: tl.const
 
 @triton.jit
 def _load_numbers(
-    address_ptr, TYPE: tl.constexpr, start, block_mask, mask, ALIGNMENT: tl.constexpr, WORDS: tl.constexpr
+    address_ptr, TYPE: tl.constexpr, origin, start, block_mask, mask, ALIGNMENT: tl.constexpr, WORDS: tl.constexpr
 ):
     """float32 of a parameter or gradient [rows, columns]. A word of two bfloat16 is unpacked by two instructions."""
     if WORDS and TYPE == tl.bfloat16:
-        pairs = tl.arange(0, mask.shape[1] // 2)[None, :]
-        pointers = _pointer(address_ptr, tl.int32, ALIGNMENT) + ((start // 2)[:, None] + pairs)
+        HALF: tl.constexpr = mask.shape[1] // 2
+        offsets = (start >> 1)[:, None] + tl.arange(0, HALF)[None, :]
+        pointers = _pointer(address_ptr, tl.int32, ALIGNMENT) + origin * HALF + offsets
         words = tl.load(pointers, mask=tl.broadcast_to(block_mask[:, None], pointers.shape))
-        halves = tl.join(words << 16, words & -65536)
-        return tl.reshape(halves, mask.shape).to(tl.float32, bitcast=True)
-    offsets = start[:, None] + tl.arange(0, mask.shape[1])[None, :]
-    return tl.load(_pointer(address_ptr, TYPE, ALIGNMENT) + offsets, mask=mask).to(tl.float32)
+        halves = tl.join(words << 16, words & _HIGH_HALF)
+        numbers = tl.reshape(halves, mask.shape).to(tl.float32, bitcast=True)
+    else:
+        pointers = _pointer(address_ptr, TYPE, ALIGNMENT) + origin * mask.shape[1]
+        offsets = start[:, None] + tl.arange(0, mask.shape[1])[None, :]
+        numbers = tl.load(pointers + offsets, mask=mask).to(tl.float32)
+    return numbers
 
 
 @triton.jit
@@ -275,39 +279,44 @@ def adam_kernel(
     tensor = tl.load(tile_ptr + tl.program_id(0)).to(tl.int64)
     table = table_ptr + tensor * _NUM_COLUMNS
     first_block = (tl.program_id(0) - tl.load(table + _FIRST_TILE).to(tl.int32)) * TILE_BLOCKS
-    block = first_block + tl.arange(0, TILE_BLOCKS)
-    block_mask = block < tl.load(table + _NUM_BLOCKS).to(tl.int32)
+    tile = tl.arange(0, TILE_BLOCKS)
+    block_mask = tile < tl.load(table + _NUM_BLOCKS).to(tl.int32) - first_block
     row_length = tl.multiple_of(tl.load(table + _ROW_LENGTH), WIDE)
-    if FLAT:
+    if FLAT:  # offsets from the tile's first block are constants: 32 bits, no arithmetic
+        origin = first_block.to(tl.int64)
         row = tl.zeros((TILE_BLOCKS,), tl.int64)
-        start_column = block.to(tl.int64) * BLOCK
-        state_start = block.to(tl.int64) * (BLOCK // PER_STATE)
+        start_column = tile * BLOCK
+        start = start_column
+        state_start = tile * (BLOCK // PER_STATE)
     else:
+        origin = tl.zeros((), tl.int64)
         blocks_per_row = tl.load(table + _BLOCKS_PER_ROW).to(tl.int32)
-        row = (block // blocks_per_row).to(tl.int64)
-        start_column = (block % blocks_per_row).to(tl.int64) * BLOCK
+        row = ((first_block + tile) // blocks_per_row).to(tl.int64)
+        start_column = ((first_block + tile) % blocks_per_row).to(tl.int64) * BLOCK
+        start = row * row_length + start_column
         state_start = row * ((row_length + PER_STATE - 1) // PER_STATE) + start_column // PER_STATE
-    start = row * row_length + start_column
     columns = tl.arange(0, BLOCK)[None, :]
     state_columns = tl.arange(0, BLOCK // PER_STATE)[None, :]
     if WHOLE:
         mask = tl.broadcast_to(block_mask[:, None], (TILE_BLOCKS, BLOCK))
         state_mask = tl.broadcast_to(block_mask[:, None], (TILE_BLOCKS, BLOCK // PER_STATE))
     else:
-        mask = block_mask[:, None] & (start_column[:, None] + columns < row_length)
-        state_mask = block_mask[:, None] & (start_column[:, None] + state_columns * PER_STATE < row_length)
+        limit = row_length - origin * BLOCK
+        mask = block_mask[:, None] & (start_column[:, None] + columns < limit)
+        state_mask = block_mask[:, None] & (start_column[:, None] + state_columns * PER_STATE < limit)
 
     # Decode.
-    grad = _load_numbers(table + _GRAD, GRAD_TYPE, start, block_mask, mask, WIDE, WORDS)
-    param = _load_numbers(table + _PARAM, PARAM_TYPE, start, block_mask, mask, WIDE, WORDS)
+    grad = _load_numbers(table + _GRAD, GRAD_TYPE, origin, start, block_mask, mask, WIDE, WORDS)
+    param = _load_numbers(table + _PARAM, PARAM_TYPE, origin, start, block_mask, mask, WIDE, WORDS)
+    state_origin = origin * (BLOCK // PER_STATE)
     state_offsets = state_start[:, None] + state_columns
-    m_ptrs = _pointer(table + _EXP_AVG, STATE_TYPE, STATE_WIDE) + state_offsets
-    v_ptrs = _pointer(table + _EXP_AVG_SQ, STATE_TYPE, STATE_WIDE) + state_offsets
+    m_ptrs = _pointer(table + _EXP_AVG, STATE_TYPE, STATE_WIDE) + state_origin + state_offsets
+    v_ptrs = _pointer(table + _EXP_AVG_SQ, STATE_TYPE, STATE_WIDE) + state_origin + state_offsets
     m = tl.load(m_ptrs, mask=state_mask)
     v = tl.load(v_ptrs, mask=state_mask)
     if QUANTIZED:
-        m_scale_ptrs = _pointer(table + _EXP_AVG_SCALE, tl.float32, 4) + block
-        v_scale_ptrs = _pointer(table + _EXP_AVG_SQ_SCALE, tl.float32, 4) + block
+        m_scale_ptrs = _pointer(table + _EXP_AVG_SCALE, tl.float32, 4) + first_block + tile
+        v_scale_ptrs = _pointer(table + _EXP_AVG_SQ_SCALE, tl.float32, 4) + first_block + tile
         m_scale = tl.load(m_scale_ptrs, mask=block_mask)
         v_scale = tl.load(v_scale_ptrs, mask=block_mask)
         m = _decode(_unpack(m, STATE, CODE_WORDS), m_scale, maps_ptr, STATE)
@@ -326,9 +335,10 @@ def adam_kernel(
     if ROUNDING == "nearest":
         rounded = param.to(PARAM_TYPE)
     else:
-        first = tl.load(table + _FIRST_INDEX) + row * tl.load(table + _ROW_STRIDE) + start_column
+        first = tl.load(table + _FIRST_INDEX) + origin * BLOCK + row * tl.load(table + _ROW_STRIDE) + start_column
         rounded = _round_stochastic(param, _noise(tl.load(key_ptr + tensor), first, BLOCK, ROUNDING))
-    tl.store(_pointer(table + _PARAM, PARAM_TYPE, WIDE) + start[:, None] + columns, rounded, mask=mask)
+    param_ptrs = _pointer(table + _PARAM, PARAM_TYPE, WIDE) + origin * BLOCK + (start[:, None] + columns)
+    tl.store(param_ptrs, rounded, mask=mask)
 
     # Encode.
     if QUANTIZED:
