@@ -149,7 +149,7 @@ def _decode(codes, scale, decode_ptr, STATE: tl.constexpr):
 def _quotient(x, scale, FACTOR: tl.constexpr):
     """FACTOR * (x / scale), close enough to correctly rounded for every comparison that encoding makes.
 
-    An infinite scale gives zeros, and NaN for infinities, as the division does.
+    An infinite scale gives zeros, and NaN for infinities, as the division does. The sign of a zero is arbitrary.
     """
     inverse = tl.div_rn(tl.full(scale.shape, FACTOR, tl.float32), scale)
     minus_divisor = tl.where(scale == float("inf"), 0.0, scale * (-1.0 / FACTOR))
@@ -162,7 +162,9 @@ def _quotient(x, scale, FACTOR: tl.constexpr):
 def _encode(x, scale, maps_ptr, STATE: tl.constexpr, MAP):
     """Codes of x / scale, int32 with the code in the high byte."""
     if STATE == "float8_e4m3fn":
-        rounded = saturating_cast(_quotient(x, scale, 1.0), tl.float8e4nv, _FLOAT8_MAX)
+        quotient = _quotient(x, scale, 1.0)
+        quotient = tl.where(quotient == 0.0, x * 0.0, quotient)  # a zero with the sign of x
+        rounded = saturating_cast(quotient, tl.float8e4nv, _FLOAT8_MAX)
         codes = rounded.to(tl.uint8, bitcast=True).to(tl.int32) << 24
     else:
         # NaN becomes the largest value: the minimum takes the number.
