@@ -2,8 +2,9 @@
 
     python scripts/compile_kernels.py [--out benchmarks/results/aot_kernels.csv] [--arch 90 100]
 
-Prints kernel, variant, architecture, registers per thread, spilled bytes and shared memory; fails when a kernel spills
-more than --max-spill bytes per thread (loads and stores together).
+Prints kernel, variant, architecture, registers per thread, spilled bytes, shared memory and machine instructions (each
+counted once, without the blocks that call the slow path of a division or root); fails when a kernel spills more than
+--max-spill bytes per thread (loads and stores together).
 """
 
 import argparse
@@ -16,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-COLUMNS = ("kernel", "variant", "arch", "registers", "spill_bytes", "shared_bytes", "triton", "commit")
+COLUMNS = ("kernel", "variant", "arch", "registers", "spill_bytes", "shared_bytes", "instructions", "triton", "commit")
 
 
 def main() -> int:
@@ -65,6 +66,7 @@ def compile_variant(variant: Any, arch: int) -> dict[str, Any]:
         "registers": registers,
         "spill_bytes": spill_bytes,
         "shared_bytes": kernel.metadata.shared,
+        "instructions": fast_path_instructions(kernel.asm["cubin"]),
         "triton": triton.__version__,
     }
 
@@ -74,17 +76,37 @@ def resource_usage(cubin: bytes) -> tuple[int, int]:
 
     None of our kernels has arrays in local memory, so its stack is what it spills.
     """
-    import triton
-
-    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        output = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    output = cuda_tool("cuobjdump", cubin, "-res-usage")
     registers, stack = re.search(r"REG:(\d+)", output), re.search(r"STACK:(\d+)", output)
     if registers is None or stack is None:
         raise RuntimeError(f"cuobjdump -res-usage printed no register or stack count:\n{output}")
     return int(registers[1]), int(stack[1])
+
+
+def fast_path_instructions(cubin: bytes) -> int:
+    """Machine instructions up to the end of the kernel, without basic blocks that call a subroutine."""
+    blocks, block = [], []
+    for line in cuda_tool("nvdisasm", cubin, "-c").splitlines():
+        instruction = re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+ )?([A-Z]\w+)", line)
+        if instruction:
+            block.append(instruction[1])
+        if line.startswith(".L_x_") or (instruction and instruction[1] in ("BRA", "EXIT")):
+            blocks.append(block)
+            block = []
+        if instruction and instruction[1] == "EXIT":
+            break
+    return sum(len(block) for block in blocks if "CALL" not in block)
+
+
+def cuda_tool(name: str, cubin: bytes, option: str) -> str:
+    """Output of one of the CUDA tools that triton ships, for a compiled kernel."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def source_commit() -> str:
@@ -99,11 +121,11 @@ def source_commit() -> str:
 def print_table(rows: list[dict[str, Any]]) -> None:
     """Rows as aligned text."""
     width = max(len(row["variant"]) for row in rows)
-    print(f"{'kernel':22} {'variant':{width}} {'arch':>5} {'regs':>5} {'spill':>5} {'shared':>6}")
+    print(f"{'kernel':22} {'variant':{width}} {'arch':>5} {'regs':>5} {'spill':>5} {'shared':>6} {'instr':>6}")
     for row in rows:
         print(
             f"{row['kernel']:22} {row['variant']:{width}} sm_{row['arch']:<3} {row['registers']:>4} "
-            f"{row['spill_bytes']:>5} {row['shared_bytes']:>6}"
+            f"{row['spill_bytes']:>5} {row['shared_bytes']:>6} {row['instructions']:>6}"
         )
 
 

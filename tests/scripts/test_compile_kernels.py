@@ -21,6 +21,7 @@ def test_all_kernels_compile_without_spills(tmp_path):
     rows = list(csv.DictReader((tmp_path / "table.csv").open()))
     assert {row["arch"] for row in rows} == {"90", "100"}
     assert all(row["spill_bytes"] == "0" and int(row["registers"]) > 0 for row in rows)
+    assert all(int(row["instructions"]) > 50 for row in rows)
     recorded = ROOT / "benchmarks" / "results" / "aot_kernels.csv"
     names = {(row["kernel"], row["variant"], row["arch"]) for row in rows}
     assert names == {(row["kernel"], row["variant"], row["arch"]) for row in csv.DictReader(recorded.open())}, (
