@@ -2,7 +2,7 @@
 
 A program steps a tile, `TILE_BLOCKS` scale blocks of one parameter: it decodes both moments, updates, takes the largest
 magnitude of each block, encodes both moments and writes the parameter. Nothing is read or written twice. Where the
-parameter lies comes from a table of addresses (`_adam_table`), one row per parameter, and a map from programs to rows.
+parameter lies comes from a table of addresses (`_adam_launch`), one row per parameter, and a map from programs to rows.
 
 Bytes moved per element, with 8-bit state: 10 for a bfloat16 parameter and gradient (2 + 2 read, 2 written, 2 x 2 of
 codes), 16 for float32, and 2 x 8 per block of scales. 4-bit: 8 and 14. float32 state: 22 and 28.
@@ -273,9 +273,8 @@ def adam_kernel(
     WIDE: tl.constexpr = tl.constexpr(16 if ALIGNED else 1)
     STATE_TYPE: tl.constexpr = tl.constexpr(tl.int32 if CODE_WORDS else (tl.uint8 if QUANTIZED else tl.float32))
     STATE_WIDE: tl.constexpr = tl.constexpr((4 if PACKED else (8 if QUANTIZED else 16)) if ALIGNED else 1)
-    PER_STATE: tl.constexpr = tl.constexpr(
-        (2 if PACKED else 1) * (4 if CODE_WORDS else 1)
-    )  # elements per item of state
+    # Elements per item of state.
+    PER_STATE: tl.constexpr = tl.constexpr((2 if PACKED else 1) * (4 if CODE_WORDS else 1))
 
     # Where the tile lies.
     tensor = tl.load(tile_ptr + tl.program_id(0)).to(tl.int64)
