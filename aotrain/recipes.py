@@ -12,7 +12,18 @@ operand as it stands here: in grad_weight that is one scale per output channel o
 
 from dataclasses import dataclass
 
-from aotrain.formats import FLOAT8_E4M3, FLOAT8_E5M2, ROWWISE, SCALE_FORMATS, TENSORWISE, ElementFormat, Scaling
+from aotrain.formats import (
+    BLOCKWISE_1X128,
+    BLOCKWISE_128X128,
+    FLOAT8_E4M3,
+    FLOAT8_E5M2,
+    INT8,
+    ROWWISE,
+    SCALE_FORMATS,
+    TENSORWISE,
+    ElementFormat,
+    Scaling,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +76,9 @@ _TENSOR_E4M3 = _float8(FLOAT8_E4M3, TENSORWISE, power_of_two=False)
 _TENSOR_E5M2 = _float8(FLOAT8_E5M2, TENSORWISE, power_of_two=False)
 _TENSOR_E4M3_POW2 = _float8(FLOAT8_E4M3, TENSORWISE, power_of_two=True)
 _ROW_E4M3_POW2 = _float8(FLOAT8_E4M3, ROWWISE, power_of_two=True)
+_VECTOR_E4M3 = _float8(FLOAT8_E4M3, BLOCKWISE_1X128, power_of_two=True)
+_SQUARE_E4M3 = _float8(FLOAT8_E4M3, BLOCKWISE_128X128, power_of_two=True)
+_ROW_INT8 = Scaling(element=INT8, scale=SCALE_FORMATS["float32"], block=ROWWISE)
 
 RECIPES: dict[str, LinearRecipe] = {
     # The fastest: one scale per tensor. Gradients in e5m2 for its range.
@@ -89,6 +103,22 @@ RECIPES: dict[str, LinearRecipe] = {
         grad_input=GemmRecipe(lhs=_ROW_E4M3_POW2, rhs=_TENSOR_E4M3_POW2),
         grad_weight=HIGH_PRECISION,
     ),
+    # DeepSeek-V3's: activations and gradients by vectors of 128 along the contracted dimension, weights by squares of
+    # 128 x 128, so that the same codes serve output and grad_input. Power-of-two scales, which the paper uses for
+    # activations, make the casts exact products.
+    #   output = e4m3(x) @ e4m3(w).T    grad_input = e4m3(g) @ e4m3(w)    grad_weight = e4m3(g).T @ e4m3(x)
+    "float8_blockwise": LinearRecipe(
+        output=GemmRecipe(lhs=_VECTOR_E4M3, rhs=_SQUARE_E4M3),
+        grad_input=GemmRecipe(lhs=_VECTOR_E4M3, rhs=_SQUARE_E4M3),
+        grad_weight=GemmRecipe(lhs=_VECTOR_E4M3, rhs=_VECTOR_E4M3),
+    ),
+    # For cards without float8: 8-bit integers, one scale per row, exact accumulation in int32.
+    #   output = int8(x) @ int8(w).T    grad_input = int8(g) @ int8(w)    grad_weight = int8(g).T @ int8(x)
+    "int8_rowwise": LinearRecipe(
+        output=GemmRecipe(lhs=_ROW_INT8, rhs=_ROW_INT8),
+        grad_input=GemmRecipe(lhs=_ROW_INT8, rhs=_ROW_INT8),
+        grad_weight=GemmRecipe(lhs=_ROW_INT8, rhs=_ROW_INT8),
+    ),
 }
 
 # The names this field already uses for the same recipes.
@@ -96,6 +126,7 @@ RECIPE_ALIASES: dict[str, str] = {
     "tensorwise": "float8_tensorwise",
     "rowwise": "float8_rowwise",
     "rowwise_with_gw_hp": "float8_rowwise_with_gw_hp",
+    "blockwise": "float8_blockwise",
 }
 
 

@@ -16,12 +16,14 @@ from aotrain.formats.element import (
     FLOAT8_E4M3FNUZ,
     FLOAT8_E5M2,
     FLOAT8_E5M2FNUZ,
+    INT8,
     ElementFormat,
 )
 from aotrain.formats.random import philox_bits16, philox_u32
 from aotrain.formats.rounding import round_nearest, round_stochastic
 from aotrain.formats.scaling import (
     BLOCKWISE_1X32,
+    BLOCKWISE_1X128,
     BLOCKWISE_128X128,
     COLWISE,
     ROWWISE,
@@ -35,6 +37,7 @@ from aotrain.formats.scaling import (
 __all__ = [
     "BFLOAT16",
     "BLOCKWISE_1X32",
+    "BLOCKWISE_1X128",
     "BLOCKWISE_128X128",
     "COLWISE",
     "ELEMENT_FORMATS",
@@ -42,6 +45,7 @@ __all__ = [
     "FLOAT8_E4M3FNUZ",
     "FLOAT8_E5M2",
     "FLOAT8_E5M2FNUZ",
+    "INT8",
     "ROWWISE",
     "SCALE_FORMATS",
     "TENSORWISE",

@@ -5,6 +5,8 @@ A finite value of a format with E exponent bits, M mantissa bits and bias B is
     (-1)^s * 2^(e - B) * (1 + m / 2^M)        for e > 0      (normal)
     (-1)^s * 2^(1 - B) * (m / 2^M)            for e = 0      (subnormal)
 
+Integers are the formats without exponent bits: all values are subnormal, and B and M are chosen for a spacing of 1.
+
 Sources: OCP 8-bit Floating Point Specification 1.0 (e4m3fn, e5m2); Noune et al., "8-bit Numerical Formats for Deep
 Neural Networks", arXiv:2206.02915 (the `fnuz` pair: no infinity, no negative zero, the code 0x80 is NaN).
 """
@@ -94,6 +96,15 @@ FLOAT8_E5M2FNUZ = ElementFormat(
     max=57344.0,
     has_inf=False,
 )
+INT8 = ElementFormat(
+    name="int8",
+    dtype=torch.int8,
+    exponent_bits=0,
+    mantissa_bits=7,
+    bias=-6,
+    max=127.0,
+    has_inf=False,
+)
 # Never scaled, so not in the table below: here so that stochastic rounding of a bfloat16 weight uses the same rule as
 # every other cast.
 BFLOAT16 = ElementFormat(
@@ -107,5 +118,5 @@ BFLOAT16 = ElementFormat(
 )
 
 ELEMENT_FORMATS: dict[str, ElementFormat] = {
-    row.name: row for row in (FLOAT8_E4M3, FLOAT8_E5M2, FLOAT8_E4M3FNUZ, FLOAT8_E5M2FNUZ)
+    row.name: row for row in (FLOAT8_E4M3, FLOAT8_E5M2, FLOAT8_E4M3FNUZ, FLOAT8_E5M2FNUZ, INT8)
 }

@@ -25,7 +25,10 @@ def round_nearest(x: torch.Tensor, element: ElementFormat) -> torch.Tensor:
     Returns:
         Tensor of `element.dtype` and x's shape.
     """
-    return x.nan_to_num(nan=math.nan).clamp_(-element.max, element.max).to(element.dtype)
+    bounded = x.nan_to_num(nan=math.nan).clamp_(-element.max, element.max)
+    if not element.dtype.is_floating_point:  # the conversion truncates, and NaN has no code
+        bounded = bounded.round_().nan_to_num_(nan=0.0)
+    return bounded.to(element.dtype)
 
 
 def round_stochastic(x: torch.Tensor, element: ElementFormat, noise: torch.Tensor) -> torch.Tensor:
@@ -51,7 +54,8 @@ def round_stochastic(x: torch.Tensor, element: ElementFormat, noise: torch.Tenso
     whole = steps.floor()
     round_up = (steps - whole) + noise.double() * 2.0**-NOISE_BITS >= 1.0
     rounded = ((whole + round_up) * ulp).float()
-    return torch.where(x.isnan(), math.nan, torch.copysign(rounded, x)).to(element.dtype)
+    nan = math.nan if element.dtype.is_floating_point else 0.0
+    return torch.where(x.isnan(), nan, torch.copysign(rounded, x)).to(element.dtype)
 
 
 def _power_of_two(exponent: torch.Tensor) -> torch.Tensor:

@@ -27,6 +27,7 @@ TENSORWISE: Block = (-1, -1)
 ROWWISE: Block = (1, -1)
 COLWISE: Block = (-1, 1)
 BLOCKWISE_1X32: Block = (1, 32)
+BLOCKWISE_1X128: Block = (1, 128)
 BLOCKWISE_128X128: Block = (128, 128)
 
 

@@ -1,29 +1,43 @@
 """scaled_mm: the matrix product of two quantized operands.
 
-`output[M,N] = (a.data * a.scale)[M,K] @ (b.data * b.scale)[N,K].T`, accumulated in float32. Both operands have the
-contracted dimension last ("nt" layout), so a scale block of (1, -1) is always "one scale per row".
+`output[M,N] = (a.data * a.scale)[M,K] @ (b.data * b.scale)[N,K].T`, accumulated in float32 (int8: in int32). Both
+operands have the contracted dimension last ("nt" layout), so a scale block of (1, -1) is always "one scale per row".
 
-Two backends give the same result up to the order of accumulation:
+Backends that give the same result up to the order of accumulation:
 
-- **native**: `torch._scaled_mm` on hardware with float8 matrix units. K and N that it cannot take are zero-padded to
-  multiples of 16 and the result is cut back.
-- **emulated**: the codes are exact in bfloat16, so a plain bfloat16 (or float32) product of the codes, scaled
-  afterwards, is the same sum. No dequantized copy of an operand is rounded.
+- **native**: `torch._scaled_mm` or `torch.nn.functional.scaled_mm` on hardware with float8 matrix units, and
+  `torch._int_mm`, on CPUs too. What they cannot take is padded with zeros and the result is cut back.
+- **emulated**: float8 codes are exact in bfloat16, so a plain bfloat16 (or float32) product of the codes, scaled
+  afterwards, is the same sum; with scales along K that are powers of two, so is a product of the dequantized operands.
+  No rounded copy of an operand is made.
 """
 
 import functools
 
 import torch
 
-from aotrain.formats import ROWWISE, TENSORWISE, ScaledTensor, decode_elements
+from aotrain.formats import (
+    BLOCKWISE_1X128,
+    BLOCKWISE_128X128,
+    ROWWISE,
+    TENSORWISE,
+    ScaledTensor,
+    decode_elements,
+)
+from aotrain.formats.scaling import Block, expand_blocks
 from aotrain.kernels._library import LIBRARY
 
 # What cuBLASLt demands of the leading dimensions of float8 operands.
 NATIVE_ALIGNMENT = 16
+# 127 * 127 * 2^17 < 2^31: longer sums of int8 products could overflow.
+_INT32_TERMS = 2**17
+
+_ROW_BLOCKS = (TENSORWISE, ROWWISE)
+_K_BLOCKS = (BLOCKWISE_1X128, BLOCKWISE_128X128)
 
 LIBRARY.define(
-    "scaled_mm(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, ScalarType out_dtype, bool fast_accum, bool emulate)"
-    " -> Tensor"
+    "scaled_mm(Tensor a, Tensor a_scale, int[2] a_block, Tensor b, Tensor b_scale, int[2] b_block, bool power_of_two,"
+    " ScalarType out_dtype, bool fast_accum, bool emulate) -> Tensor"
 )
 
 
@@ -33,58 +47,81 @@ def scaled_mm(
     """`output[M,N] = a[M,K] @ b[N,K].T` of quantized operands.
 
     Args:
-        a: [M, K] float8 data, scale [1, 1] (tensorwise) or [M, 1] (rowwise).
-        b: [N, K] float8 data, scale [1, 1] or [N, 1].
+        a: [M, K] float8 data with scale [1, 1] (tensorwise), [M, 1] (rowwise) or [M, ceil(K / 128)] (1x128); or int8
+            data, tensorwise or rowwise.
+        b: [N, K] likewise, or with scale [ceil(N / 128), ceil(K / 128)] (128x128).
         out_dtype: float32, bfloat16 or float16.
         fast_accum: let the hardware accumulate in reduced precision; ignored when emulated.
-        emulate: use the emulated backend even where a native one exists. CPU tensors are always emulated.
+        emulate: use the emulated backend even where a native one exists. float8 on CPU is always emulated.
 
     Raises:
-        ValueError: an operand's scale is neither tensorwise nor rowwise, or the contracted dimensions differ.
+        ValueError: an operand's scale blocks are none of these, or do not go together, or the contracted dimensions
+            differ.
         RuntimeError: the GPU has no float8 matrix product and `emulate` is off.
     """
+    _check(a, b)
+    power_of_two = a.scaling.scale.power_of_two and b.scaling.scale.power_of_two
+    return torch.ops.aotrain.scaled_mm(
+        *(a.data, a.scale, a.scaling.block, b.data, b.scale, b.scaling.block),
+        *(power_of_two, out_dtype, fast_accum, emulate),
+    )
+
+
+def _check(a: ScaledTensor, b: ScaledTensor) -> None:
     for name, operand in (("a", a), ("b", b)):
-        if operand.scaling.block not in (TENSORWISE, ROWWISE):
+        block = operand.scaling.block
+        if block not in (*_ROW_BLOCKS, *_K_BLOCKS) or (block in _K_BLOCKS and operand.data.dtype == torch.int8):
             raise ValueError(
-                f"scaled_mm operand {name} has scale blocks {operand.scaling.block}; want tensorwise {TENSORWISE} or "
-                f"rowwise {ROWWISE}. Quantize it with one of these blocks."
+                f"scaled_mm operand {name} is {operand.data.dtype} with scale blocks {block}; want tensorwise "
+                f"{TENSORWISE}, rowwise {ROWWISE} or, for float8, {BLOCKWISE_1X128} or {BLOCKWISE_128X128}. Quantize "
+                "it with one of these blocks."
             )
+    if (a.data.dtype == torch.int8) != (b.data.dtype == torch.int8):
+        raise ValueError(f"scaled_mm got {a.data.dtype} and {b.data.dtype}; int8 goes with int8 only.")
+    blocks = a.scaling.block, b.scaling.block
+    if (blocks[0] in _K_BLOCKS) != (blocks[1] in _K_BLOCKS) or blocks[0] == BLOCKWISE_128X128:
+        raise ValueError(
+            f"scaled_mm got scale blocks {blocks[0]} and {blocks[1]}; blocks along the contracted dimension go with "
+            f"each other only, {BLOCKWISE_1X128} on the left."
+        )
     if a.data.shape[-1] != b.data.shape[-1]:
         raise ValueError(
             f"scaled_mm got a of shape {tuple(a.data.shape)} and b of shape {tuple(b.data.shape)}; the last dimensions "
             "are contracted and must be equal."
         )
-    return torch.ops.aotrain.scaled_mm(a.data, a.scale, b.data, b.scale, out_dtype, fast_accum, emulate)
 
 
-def native_scaled_mm_problem(device: torch.device, *, rowwise: bool) -> str | None:
-    """Why this device cannot run float8 products natively; None when it can or when it is not a GPU."""
+def native_scaled_mm_problem(device: torch.device, block: Block) -> str | None:
+    """Why this device cannot run float8 products with such scales natively; None when it can or is not a GPU."""
     if device.type != "cuda":
         return None
-    return _cuda_problem(device.index if device.index is not None else torch.cuda.current_device(), rowwise)
+    return _cuda_problem(device.index if device.index is not None else torch.cuda.current_device(), block)
 
 
 @functools.lru_cache(maxsize=64)
-def _cuda_problem(index: int, rowwise: bool) -> str | None:
+def _cuda_problem(index: int, block: Block) -> str | None:
     name, capability = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
     if torch.version.hip is not None:
-        if "gfx94" in torch.cuda.get_device_properties(index).gcnArchName:
+        if block in _ROW_BLOCKS and "gfx94" in torch.cuda.get_device_properties(index).gcnArchName:
             return None
-        return f"{name} is not an MI300-class GPU"
+        return f"{name} is not an MI300-class GPU" if block in _ROW_BLOCKS else f"{name} has none for blocks of {block}"
+    if block in _K_BLOCKS:
+        # cuBLAS has them for Hopper only.
+        return None if capability == (9, 0) else f"{name} has no product with a scale per 128 elements, Hopper has"
     # Ada has tensorwise float8; row scales need Hopper's kernels.
-    need = (9, 0) if rowwise else (8, 9)
+    need = (8, 9) if block == TENSORWISE else (9, 0)
     if capability >= need:
         return None
     return f"{name} has compute capability {capability[0]}.{capability[1]}, float8 needs {need[0]}.{need[1]}"
 
 
-def _runs_natively(device: torch.device, rowwise: bool) -> bool:
+def _runs_natively(device: torch.device, block: Block) -> bool:
     """Whether to use the device's float8 units; a GPU without them is an error rather than a silent slow path."""
-    problem = native_scaled_mm_problem(device, rowwise=rowwise)
+    problem = native_scaled_mm_problem(device, block)
     if problem is not None:
         raise RuntimeError(
             f"float8 matrix product: {problem}. Set emulate=True to run it in bfloat16 arithmetic with float8 numerics "
-            "(no speed-up), or train in bfloat16 on this GPU."
+            "(no speed-up), train with recipe int8_rowwise, or in bfloat16 on this GPU."
         )
     return device.type == "cuda"
 
@@ -95,7 +132,46 @@ def _emulated(
     # A float16 output needs the product in a wider range: sums of unscaled codes exceed 65504.
     mm_dtype = torch.bfloat16 if out_dtype == torch.bfloat16 else torch.float32
     product = decode_elements(a, mm_dtype) @ decode_elements(b, mm_dtype).t()
+    return _scale_product(product, a_scale, b_scale, out_dtype)
+
+
+def _scale_product(
+    product: torch.Tensor, a_scale: torch.Tensor, b_scale: torch.Tensor, out_dtype: torch.dtype
+) -> torch.Tensor:
     return (product.float() * a_scale * b_scale.t()).to(out_dtype)
+
+
+def _emulated_blocks(
+    a: torch.Tensor,
+    a_scale: torch.Tensor,
+    a_block: Block,
+    b: torch.Tensor,
+    b_scale: torch.Tensor,
+    b_block: Block,
+    power_of_two: bool,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    # A code of 4 bits times a power of two is exact in bfloat16; times any other scale it needs float32.
+    mm_dtype = torch.bfloat16 if out_dtype == torch.bfloat16 and power_of_two else torch.float32
+    lhs, rhs = (
+        decode_elements(data, mm_dtype) * expand_blocks(scale, data.shape, block).to(mm_dtype)
+        for data, scale, block in ((a, a_scale, a_block), (b, b_scale, b_block))
+    )
+    return (lhs @ rhs.t()).to(out_dtype)
+
+
+def _int8(
+    a: torch.Tensor, a_scale: torch.Tensor, b: torch.Tensor, b_scale: torch.Tensor, out_dtype: torch.dtype
+) -> torch.Tensor:
+    rows, columns = a.shape[0], b.shape[0]
+    if a.is_cuda:  # more than 16 rows, multiples of 8
+        a, b = _pad(a, 32 if rows <= 16 else 8, 8), _pad(b, 8, 8)
+    product: torch.Tensor | None = None
+    for start in range(0, a.shape[1], _INT32_TERMS):
+        part = torch._int_mm(a[:, start : start + _INT32_TERMS], b[:, start : start + _INT32_TERMS].t())
+        product = part if product is None else product.float() + part
+    assert product is not None
+    return _scale_product(product[:rows, :columns], a_scale, b_scale, out_dtype)
 
 
 def _native(
@@ -129,8 +205,48 @@ def _native(
     return output.to(out_dtype)
 
 
+def _native_blocks(
+    a: torch.Tensor,
+    a_scale: torch.Tensor,
+    b: torch.Tensor,
+    b_scale: torch.Tensor,
+    b_block: Block,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """Scales per 128 elements along K, with K, M and N padded to what cuBLASLt takes; bfloat16 or float32 output."""
+    rows, columns = a.shape[0], b.shape[0]
+    square = b_block == BLOCKWISE_128X128
+    # A scale of a and of a 1x128 b is read down its rows, 16 bytes at a time, hence multiples of 4 rows.
+    a, b = _pad(a, 4, 128), _pad(b, 128 if square else NATIVE_ALIGNMENT, 128)
+    a_scale = _by_columns(a_scale, a.shape[0])
+    if square:  # down its columns: [ceil(K / 128) padded to 4, N / 128]
+        b_scale = torch.nn.functional.pad(b_scale, (0, -b_scale.shape[1] % 4), value=1.0).t()
+    else:
+        b_scale = _by_columns(b_scale, b.shape[0])
+    kinds = torch.nn.functional.ScalingType
+    mm_dtype = torch.float32 if out_dtype == torch.float32 else torch.bfloat16
+    output = torch.nn.functional.scaled_mm(
+        a,
+        b.t(),
+        a_scale,
+        kinds.BlockWise1x128,
+        b_scale,
+        kinds.BlockWise128x128 if square else kinds.BlockWise1x128,
+        output_dtype=mm_dtype,
+    )
+    if output.shape != (rows, columns):
+        output = output.narrow(0, 0, rows).narrow(1, 0, columns).clone(memory_format=torch.contiguous_format)
+    return output.to(out_dtype)
+
+
+def _by_columns(scale: torch.Tensor, rows: int) -> torch.Tensor:
+    """Row scales [R, C] padded to `rows` rows, in column-major memory."""
+    padded = torch.nn.functional.pad(scale, (0, 0, 0, rows - scale.shape[0]), value=1.0)
+    return padded.t().clone(memory_format=torch.contiguous_format).t()
+
+
 def _pad(data: torch.Tensor, row_multiple: int, column_multiple: int) -> torch.Tensor:
-    """Zero-pad [R, C] float8 data up to multiples; 0 leaves a dimension alone. Code 0 is zero in all float8 formats."""
+    """Zero-pad [R, C] 8-bit data up to multiples; 0 leaves a dimension alone. Code 0 is zero in all formats."""
     pad_rows = -data.shape[0] % row_multiple if row_multiple else 0
     pad_columns = -data.shape[1] % column_multiple if column_multiple else 0
     if not (pad_rows or pad_columns):
@@ -141,16 +257,28 @@ def _pad(data: torch.Tensor, row_multiple: int, column_multiple: int) -> torch.T
 def _scaled_mm(
     a: torch.Tensor,
     a_scale: torch.Tensor,
+    a_block: Block,
     b: torch.Tensor,
     b_scale: torch.Tensor,
+    b_block: Block,
+    power_of_two: bool,
     out_dtype: torch.dtype,
     fast_accum: bool,
     emulate: bool,
 ) -> torch.Tensor:
     if min(a.shape[0], a.shape[1], b.shape[0]) == 0:
         return a.new_zeros((a.shape[0], b.shape[0]), dtype=out_dtype)
+    a_block, b_block = (a_block[0], a_block[1]), (b_block[0], b_block[1])
+    if a.dtype == torch.int8:
+        if emulate:
+            return _emulated(a, a_scale, b, b_scale, torch.float32).to(out_dtype)
+        return _int8(a, a_scale, b, b_scale, out_dtype)
+    if a_block in _K_BLOCKS:
+        if emulate or not _runs_natively(a.device, a_block):
+            return _emulated_blocks(a, a_scale, a_block, b, b_scale, b_block, power_of_two, out_dtype)
+        return _native_blocks(a, a_scale, b, b_scale, b_block, out_dtype)
     rowwise = a_scale.numel() > 1 or b_scale.numel() > 1
-    if emulate or not _runs_natively(a.device, rowwise):
+    if emulate or not _runs_natively(a.device, ROWWISE if rowwise else TENSORWISE):
         return _emulated(a, a_scale, b, b_scale, out_dtype)
     return _native(a, a_scale, b, b_scale, out_dtype, fast_accum)
 
@@ -158,8 +286,11 @@ def _scaled_mm(
 def _fake(
     a: torch.Tensor,
     a_scale: torch.Tensor,
+    a_block: Block,
     b: torch.Tensor,
     b_scale: torch.Tensor,
+    b_block: Block,
+    power_of_two: bool,
     out_dtype: torch.dtype,
     fast_accum: bool,
     emulate: bool,

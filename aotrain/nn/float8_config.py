@@ -11,6 +11,8 @@ from enum import Enum
 import torch
 
 from aotrain.formats import (
+    BLOCKWISE_1X128,
+    BLOCKWISE_128X128,
     ELEMENT_FORMATS,
     FLOAT8_E4M3,
     FLOAT8_E5M2,
@@ -35,14 +37,18 @@ class ScalingType(Enum):
 
 
 class ScalingGranularity(Enum):
-    """How many elements share a scale: the whole tensor, or one row along the contracted dimension."""
+    """How many elements share a scale.
+
+    The whole tensor; one row along the contracted dimension; or 128 elements of such a row (weights: 128 rows of 128).
+    """
 
     TENSORWISE = "tensorwise"
     AXISWISE = "axiswise"
+    BLOCKWISE = "blockwise"
 
     def short_str(self) -> str:
         """Three letters for module reprs."""
-        return {"tensorwise": "ten", "axiswise": "axs"}[self.value]
+        return {"tensorwise": "ten", "axiswise": "axs", "blockwise": "blk"}[self.value]
 
 
 class Float8LinearRecipeName(Enum):
@@ -51,9 +57,11 @@ class Float8LinearRecipeName(Enum):
     TENSORWISE = "tensorwise"
     ROWWISE = "rowwise"
     ROWWISE_WITH_GW_HP = "rowwise_with_gw_hp"
+    BLOCKWISE = "blockwise"
+    INT8_ROWWISE = "int8_rowwise"
 
 
-_FLOAT8_OF_DTYPE = {row.dtype: row for row in ELEMENT_FORMATS.values() if row.dtype.itemsize == 1}
+_ELEMENT_OF_DTYPE = {row.dtype: row for row in ELEMENT_FORMATS.values() if row.dtype.itemsize == 1}
 
 
 @dataclass(frozen=True)
@@ -62,11 +70,11 @@ class CastConfig:
 
     Attributes:
         scaling_type: DYNAMIC (scale from the tensor's own amax) or DISABLED (stays in high precision).
-        scaling_granularity: TENSORWISE, or AXISWISE for one scale per row.
-        target_dtype: a float8 dtype; None is e4m3 for input and weight, e5m2 for grad_output.
+        scaling_granularity: TENSORWISE, AXISWISE for one scale per row, or BLOCKWISE.
+        target_dtype: a float8 dtype or int8; None is e4m3 for input and weight, e5m2 for grad_output.
 
     Raises:
-        ValueError: axiswise granularity of a disabled cast, or a target that is not a float8 dtype.
+        ValueError: axiswise granularity of a disabled cast, or a target that is neither float8 nor int8.
     """
 
     scaling_type: ScalingType = ScalingType.DYNAMIC
@@ -79,16 +87,18 @@ class CastConfig:
                 "only dynamic scaling type is supported for axiswise scaling granularity; "
                 f"got scaling_type={self.scaling_type}. Use ScalingType.DYNAMIC or leave the granularity tensorwise."
             )
-        if self.target_dtype is not None and self.target_dtype not in _FLOAT8_OF_DTYPE:
-            valid = ", ".join(str(dtype) for dtype in _FLOAT8_OF_DTYPE)
+        if self.target_dtype is not None and self.target_dtype not in _ELEMENT_OF_DTYPE:
+            valid = ", ".join(str(dtype) for dtype in _ELEMENT_OF_DTYPE)
             raise ValueError(
-                f"must specify a 8-bit floating-point dtype; got target_dtype={self.target_dtype}, want one of {valid}."
+                f"must specify a 8-bit floating-point dtype, or int8; got target_dtype={self.target_dtype}, want one "
+                f"of {valid}."
             )
 
     def short_str(self) -> str:
         """Compact form for module reprs, e.g. `dyn_ten_e4m3`."""
-        is_e5m2 = self.target_dtype in (torch.float8_e5m2, torch.float8_e5m2fnuz)
-        return f"{self.scaling_type.short_str()}_{self.scaling_granularity.short_str()}_{'e5m2' if is_e5m2 else 'e4m3'}"
+        names = {torch.float8_e5m2: "e5m2", torch.float8_e5m2fnuz: "e5m2", torch.int8: "int8"}
+        element = names.get(self.target_dtype, "e4m3") if self.target_dtype else "e4m3"
+        return f"{self.scaling_type.short_str()}_{self.scaling_granularity.short_str()}_{element}"
 
 
 @dataclass(frozen=True)
@@ -172,8 +182,10 @@ class Float8LinearConfig:
                     f"target_dtype in cast_config_{operand} and its '_for_' twin."
                 )
         return LinearRecipe(
-            output=self._gemm("output", (x, x_default), (w, w_default), self.gemm_config_output),
-            grad_input=self._gemm("grad_input", (g, g_default), (w_gi, w_default), self.gemm_config_grad_input),
+            output=self._gemm("output", (x, x_default), (w, w_default), self.gemm_config_output, weight=True),
+            grad_input=self._gemm(
+                "grad_input", (g, g_default), (w_gi, w_default), self.gemm_config_grad_input, weight=True
+            ),
             grad_weight=self._gemm("grad_weight", (g_gw, g_default), (x_gw, x_default), self.gemm_config_grad_weight),
         )
 
@@ -183,8 +195,10 @@ class Float8LinearConfig:
         lhs: tuple[CastConfig, ElementFormat],
         rhs: tuple[CastConfig, ElementFormat],
         gemm_config: Float8GemmConfig,
+        *,
+        weight: bool = False,
     ) -> GemmRecipe:
-        scalings = [self._scaling(cast, default) for cast, default in (lhs, rhs)]
+        scalings = [self._scaling(*lhs), self._scaling(*rhs, weight=weight)]
         if (scalings[0] is None) != (scalings[1] is None):
             raise ValueError(
                 f"incompatible operand precision for {gemm}: one operand is DISABLED and the other is not; disable or "
@@ -194,18 +208,23 @@ class Float8LinearConfig:
             return GemmRecipe()
         return GemmRecipe(lhs=scalings[0], rhs=scalings[1], fast_accum=gemm_config.use_fast_accum)
 
-    def _scaling(self, cast: CastConfig, default: ElementFormat) -> Scaling | None:
+    def _scaling(self, cast: CastConfig, default: ElementFormat, *, weight: bool = False) -> Scaling | None:
         if cast.scaling_type is ScalingType.DISABLED:
             return None
+        blocks = {
+            ScalingGranularity.TENSORWISE: TENSORWISE,
+            ScalingGranularity.AXISWISE: ROWWISE,
+            ScalingGranularity.BLOCKWISE: BLOCKWISE_128X128 if weight else BLOCKWISE_1X128,
+        }
         return Scaling(
             element=_element(cast, default),
             scale=SCALE_FORMATS["float32_pow2" if self.round_scales_to_power_of_2 else "float32"],
-            block=ROWWISE if cast.scaling_granularity is ScalingGranularity.AXISWISE else TENSORWISE,
+            block=blocks[cast.scaling_granularity],
         )
 
 
 def _element(cast: CastConfig, default: ElementFormat) -> ElementFormat:
-    return default if cast.target_dtype is None else _FLOAT8_OF_DTYPE[cast.target_dtype]
+    return default if cast.target_dtype is None else _ELEMENT_OF_DTYPE[cast.target_dtype]
 
 
 _ROW_E4M3 = CastConfig(scaling_granularity=ScalingGranularity.AXISWISE, target_dtype=torch.float8_e4m3fn)
@@ -215,6 +234,8 @@ _ROWWISE_CONFIG = Float8LinearConfig(
     cast_config_grad_output=_ROW_E4M3,
     round_scales_to_power_of_2=True,
 )
+_BLOCK_E4M3 = CastConfig(scaling_granularity=ScalingGranularity.BLOCKWISE, target_dtype=torch.float8_e4m3fn)
+_ROW_INT8 = CastConfig(scaling_granularity=ScalingGranularity.AXISWISE, target_dtype=torch.int8)
 _RECIPE_CONFIGS = {
     "float8_tensorwise": Float8LinearConfig(),
     "float8_rowwise": _ROWWISE_CONFIG,
@@ -223,5 +244,18 @@ _RECIPE_CONFIGS = {
         cast_config_weight_for_grad_input=CastConfig(target_dtype=torch.float8_e4m3fn),
         cast_config_input_for_grad_weight=CastConfig(ScalingType.DISABLED, target_dtype=torch.float8_e4m3fn),
         cast_config_grad_output_for_grad_weight=CastConfig(ScalingType.DISABLED, target_dtype=torch.float8_e4m3fn),
+    ),
+    "float8_blockwise": Float8LinearConfig(
+        cast_config_input=_BLOCK_E4M3,
+        cast_config_weight=_BLOCK_E4M3,
+        cast_config_grad_output=_BLOCK_E4M3,
+        gemm_config_output=Float8GemmConfig(),
+        round_scales_to_power_of_2=True,
+    ),
+    "int8_rowwise": Float8LinearConfig(
+        cast_config_input=_ROW_INT8,
+        cast_config_weight=_ROW_INT8,
+        cast_config_grad_output=_ROW_INT8,
+        gemm_config_output=Float8GemmConfig(),
     ),
 }

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from aotrain.formats import BFLOAT16, ELEMENT_FORMATS, ElementFormat
+from aotrain.formats import BFLOAT16, ELEMENT_FORMATS, INT8, ElementFormat
 from aotrain.testing import all_codes
 
-FLOAT8 = list(ELEMENT_FORMATS.values())
+FLOAT8 = [element for element in ELEMENT_FORMATS.values() if element.dtype.is_floating_point]
 
 
 @pytest.mark.parametrize("element", [*FLOAT8, BFLOAT16], ids=lambda element: element.name)
@@ -43,3 +43,13 @@ def test_every_code_decodes_to_the_formula(element: ElementFormat):
     assert finite.max().item() == element.max
     assert finite[finite > 0].min().item() == element.min_subnormal
     assert bool(decoded.isinf().any()) == element.has_inf
+
+
+def test_int8_is_a_format_of_subnormals():
+    assert (INT8.max, INT8.min_subnormal) == (127.0, 1.0)
+    assert INT8.min_normal > INT8.max
+    # Its values m * 2^(1 - B - M), with both signs: -128 is the one code without a place.
+    values = {
+        sign * 2.0 ** (1 - INT8.bias) * mantissa / 2**INT8.mantissa_bits for mantissa in range(128) for sign in (1, -1)
+    }
+    assert values == set(all_codes(INT8).tolist()) - {-128}

@@ -45,7 +45,12 @@ class Precision(Section):
     """Number formats of the matrix products and of the master copy that FSDP gathers."""
 
     # null: every product in param_dtype. Otherwise the format of the three products of each converted linear layer.
-    recipe: Literal["float8_tensorwise", "float8_rowwise", "float8_rowwise_with_gw_hp"] | None = None
+    recipe: (
+        Literal[
+            "float8_tensorwise", "float8_rowwise", "float8_rowwise_with_gw_hp", "float8_blockwise", "int8_rowwise"
+        ]
+        | None
+    ) = None
     # Layers that stay in param_dtype: globs, or any part of the layer's name ("layers.0.", "feed_forward.w2"). The
     # output layer is kept because its input gradient decides the loss most directly.
     skip: list[str] = Field(default=["lm_head"])
@@ -58,7 +63,7 @@ class Precision(Section):
     @field_validator("recipe", mode="before")
     @classmethod
     def _long_name(cls, value: Any) -> Any:
-        short = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
+        short = ("tensorwise", "rowwise", "rowwise_with_gw_hp", "blockwise")
         return _RECIPE_PREFIX + value if value in short else value
 
 
