@@ -5,16 +5,53 @@
     grad_weight[N, K] = g.T @ x        backward
 
 Each product quantizes its own two operands as its `GemmRecipe` says; a product without a recipe runs in the input's
-dtype. What is saved for backward is x and w as they came in (2 bytes per element in bfloat16, nothing extra: w is the
-parameter itself), and the casts of the backward are taken from them.
+dtype. Where the two uses of an operand have the same scales (one per tensor, or per 128 x 128 block), it is quantized
+once and the codes are transposed.
+
+What is kept for backward is the choice of the caller, and changes no bit of the result:
+
+| `save_for_backward` | of x, per element | casts made in backward |
+|---|---|---|
+| "high_precision" | x as it came: 2 bytes in bfloat16, shared with whoever else keeps x | gradient, weight, x |
+| "quantized" | its codes for grad_weight: 1 byte, and the scales | gradient, weight |
+
+The weight is the parameter itself and costs nothing. Nothing of x is kept for a weight without gradient, and x as it
+came for a recipe with grad_weight in high precision.
 """
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
 
 import torch
 
+from aotrain.formats import BLOCKWISE_128X128, TENSORWISE, ScaledTensor, Scaling
 from aotrain.kernels import scaled_cast, scaled_mm
 from aotrain.recipes import GemmRecipe, LinearRecipe
+
+SAVE_FOR_BACKWARD = ("high_precision", "quantized")
+# Blocks that a transposition maps to themselves.
+_SYMMETRIC_BLOCKS = (TENSORWISE, BLOCKWISE_128X128)
+
+
+class WeightCasts(Protocol):
+    """Where casts of a weight come from; a cache, for instance."""
+
+    def __call__(self, weight: torch.Tensor, scaling: Scaling, *, transposed: bool) -> ScaledTensor:
+        """The weight [N, K], or its transposition [K, N], quantized."""
+        ...
+
+
+def cast_weight(weight: torch.Tensor, scaling: Scaling, *, transposed: bool) -> ScaledTensor:
+    """`WeightCasts` that keeps nothing."""
+    return scaled_cast(weight.t() if transposed else weight, scaling)
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    recipe: LinearRecipe
+    emulate: bool
+    save_for_backward: str
+    weight_casts: WeightCasts
 
 
 def scaled_linear(
@@ -24,6 +61,8 @@ def scaled_linear(
     recipe: LinearRecipe,
     *,
     emulate: bool = False,
+    save_for_backward: str = "high_precision",
+    weight_casts: WeightCasts = cast_weight,
 ) -> torch.Tensor:
     """A linear layer whose three matrix products run in the recipe's formats. Differentiable in x, weight and bias.
 
@@ -35,12 +74,14 @@ def scaled_linear(
         bias: [N] or None; added in the output's dtype.
         recipe: formats of the three products.
         emulate: compute float8 products in bfloat16 arithmetic even on hardware that has float8. Always so on CPU.
+        save_for_backward: "high_precision" or "quantized"; see above.
+        weight_casts: gives the quantized weight, in forward and in backward.
 
     Returns:
         [..., N] in x's dtype (the autocast dtype where that applies).
 
     Raises:
-        ValueError: the last dimension of x is not K.
+        ValueError: the last dimension of x is not K, or an unknown `save_for_backward`.
         RuntimeError: a GPU without float8 matrix products and emulate=False.
     """
     if x.shape[-1] != weight.shape[-1]:
@@ -48,46 +89,106 @@ def scaled_linear(
             f"scaled_linear got x of shape {tuple(x.shape)} for a weight of shape {tuple(weight.shape)}; "
             f"want the last dimension of x to be {weight.shape[-1]}."
         )
+    check_save_for_backward(save_for_backward)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     rows = x.reshape(-1, x.shape[-1])  # [M, K]
-    output = _ScaledLinear.apply(rows, weight, recipe, emulate)
+    options = _Options(recipe, emulate, save_for_backward, weight_casts)
+    output = cast(torch.Tensor, _ScaledLinear.apply(rows, weight, options))
     output = output.reshape(*x.shape[:-1], weight.shape[0])
     return output if bias is None else output + bias.to(output.dtype)
+
+
+def check_save_for_backward(value: str) -> None:
+    """Raise ValueError listing the valid values of `save_for_backward` for any other."""
+    if value not in SAVE_FOR_BACKWARD:
+        raise ValueError(f"save_for_backward got {value!r}; want one of {', '.join(map(repr, SAVE_FOR_BACKWARD))}.")
 
 
 class _ScaledLinear(torch.autograd.Function):
     """The three products on 2-D operands; bias and reshaping are left to autograd."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, recipe: LinearRecipe, emulate: bool) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.recipe, ctx.emulate = recipe, emulate
-        return _matmul_nt(x, weight, recipe.output, x.dtype, emulate)
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, options: _Options) -> torch.Tensor:
+        output, grad_weight = options.recipe.output, options.recipe.grad_weight
+        x_q: ScaledTensor | None = None
+        if output.lhs is None or output.rhs is None:
+            y = x @ weight.to(x.dtype).t()
+        else:
+            x_q = scaled_cast(x, output.lhs)
+            w_q = options.weight_casts(weight, output.rhs, transposed=False)
+            y = _product(x_q, w_q, output, x.dtype, options)
+        # In the order of `_Saved`: x or its codes, their scale, the weight.
+        kept: list[torch.Tensor | None] = [None, None, weight if ctx.needs_input_grad[0] else None]
+        if ctx.needs_input_grad[1]:
+            kept[0] = x
+            if options.save_for_backward == "quantized" and grad_weight.rhs is not None:
+                same = x_q is not None and _same_codes(x_q.scaling, grad_weight.rhs)
+                kept[:2] = (x_q if same and x_q is not None else scaled_cast(x.t(), grad_weight.rhs))[:2]
+        ctx.save_for_backward(*kept)
+        ctx.options, ctx.dtypes = options, (x.dtype, weight.dtype)
+        return y
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
-        (grad_output,) = grad_outputs
-        x, weight = ctx.saved_tensors
-        recipe, emulate = ctx.recipe, ctx.emulate
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        (grad,) = grad_outputs
+        options: _Options = ctx.options
+        x, x_scale, weight = ctx.saved_tensors
+        grad_input_recipe, grad_weight_recipe = options.recipe.grad_input, options.recipe.grad_weight
+        grad_q: ScaledTensor | None = None
         grad_input = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_input = _matmul_nt(grad_output, weight.t(), recipe.grad_input, x.dtype, emulate)
+            if grad_input_recipe.lhs is None or grad_input_recipe.rhs is None:
+                grad_input = (grad @ weight.to(grad.dtype)).to(ctx.dtypes[0])
+            else:
+                grad_q = scaled_cast(grad, grad_input_recipe.lhs)
+                w_q = _weight_of_grad_input(weight, options)
+                grad_input = _product(grad_q, w_q, grad_input_recipe, ctx.dtypes[0], options)
         if ctx.needs_input_grad[1]:
-            grad_weight = _matmul_nt(grad_output.t(), x.t(), recipe.grad_weight, weight.dtype, emulate)
-        return grad_input, grad_weight, None, None
+            if grad_weight_recipe.lhs is None or grad_weight_recipe.rhs is None:
+                grad_weight = (grad.t() @ x.to(grad.dtype)).to(ctx.dtypes[1])
+            else:
+                grad_t = _transposed_cast(grad, grad_q, grad_weight_recipe.lhs)
+                x_t = _saved_input(x, x_scale, options.recipe)
+                grad_weight = _product(grad_t, x_t, grad_weight_recipe, ctx.dtypes[1], options)
+        return grad_input, grad_weight, None
 
 
-def _matmul_nt(
-    lhs: torch.Tensor, rhs: torch.Tensor, recipe: GemmRecipe, out_dtype: torch.dtype, emulate: bool
+def _product(
+    lhs: ScaledTensor, rhs: ScaledTensor, recipe: GemmRecipe, out_dtype: torch.dtype, options: _Options
 ) -> torch.Tensor:
-    """lhs[M, K] @ rhs[N, K].T in the recipe's formats, in out_dtype."""
-    if recipe.lhs is None or recipe.rhs is None:
-        return (lhs @ rhs.to(lhs.dtype).t()).to(out_dtype)
-    return scaled_mm(
-        scaled_cast(lhs, recipe.lhs),
-        scaled_cast(rhs, recipe.rhs),
-        out_dtype,
-        fast_accum=recipe.fast_accum,
-        emulate=emulate,
-    )
+    return scaled_mm(lhs, rhs, out_dtype, fast_accum=recipe.fast_accum, emulate=options.emulate)
+
+
+def _same_codes(scaling: Scaling, of_transposed: Scaling) -> bool:
+    """Whether the codes of a matrix are those of its transposition."""
+    return scaling == of_transposed and scaling.block in _SYMMETRIC_BLOCKS
+
+
+def _transpose(q: ScaledTensor) -> ScaledTensor:
+    """The quantized transposition, if `_same_codes`."""
+    return ScaledTensor(q.data.t().contiguous(), q.scale.t().contiguous(), q.scaling)
+
+
+def _transposed_cast(x: torch.Tensor, q: ScaledTensor | None, scaling: Scaling) -> ScaledTensor:
+    """The quantized transposition of x, from q, which is x quantized, where that is possible."""
+    return _transpose(q) if q is not None and _same_codes(q.scaling, scaling) else scaled_cast(x.t(), scaling)
+
+
+def _weight_of_grad_input(weight: torch.Tensor, options: _Options) -> ScaledTensor:
+    forward, backward = options.recipe.output.rhs, options.recipe.grad_input.rhs
+    assert backward is not None
+    if forward is not None and _same_codes(forward, backward):
+        return _transpose(options.weight_casts(weight, forward, transposed=False))
+    return options.weight_casts(weight, backward, transposed=True)
+
+
+def _saved_input(x: torch.Tensor, scale: torch.Tensor | None, recipe: LinearRecipe) -> ScaledTensor:
+    """x.T [K, M] quantized for grad_weight, from what forward kept."""
+    scaling = recipe.grad_weight.rhs
+    assert scaling is not None
+    if scale is None:
+        return scaled_cast(x.t(), scaling)
+    kept = ScaledTensor(x, scale, scaling)
+    forward = recipe.output.lhs
+    return _transpose(kept) if forward is not None and _same_codes(forward, scaling) else kept

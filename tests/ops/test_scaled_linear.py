@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from aotrain.formats import dequantize, quantize
 from aotrain.ops import scaled_linear
+from aotrain.ops.scaled_linear import SAVE_FOR_BACKWARD
 from aotrain.recipes import RECIPES, LinearRecipe
 from aotrain.testing import adversarial_matrix, assert_bitwise_equal, sqnr
 
@@ -107,15 +108,15 @@ def test_only_the_needed_gradients_are_computed(name: str, monkeypatch):
     # import_module: the package's attribute of this name is the function.
     module = import_module("aotrain.ops.scaled_linear")
     products = []
-    original = module._matmul_nt
-    monkeypatch.setattr(module, "_matmul_nt", lambda *args: products.append(args[2]) or original(*args))
+    original = module._product
+    monkeypatch.setattr(module, "_product", lambda *args: products.append(args[2]) or original(*args))
     recipe = RECIPES[name]
     x, w, grad = operands(8, 32, 16)
     run(x.detach(), w, None, grad, recipe)
-    assert products == [recipe.output, recipe.grad_weight]
+    assert products == [gemm for gemm in (recipe.output, recipe.grad_weight) if gemm.quantized]
     products.clear()
     run(x, w.detach(), None, grad, recipe)
-    assert products == [recipe.output, recipe.grad_input]
+    assert products == [gemm for gemm in (recipe.output, recipe.grad_input) if gemm.quantized]
 
 
 def test_rows_of_very_different_scale_keep_their_accuracy_rowwise():
@@ -164,3 +165,60 @@ def test_two_runs_are_bit_equal(name: str):
     assert_bitwise_equal(first[0], second[0])
     for a, b in zip(first[1], second[1], strict=True):
         assert_bitwise_equal(a, b)
+
+
+def saved_tensors(run_forward) -> list[torch.Tensor]:
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        run_forward()
+    return kept
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_is_kept_for_backward_changes_no_bit(name: str, shape):
+    results = []
+    for mode in SAVE_FOR_BACKWARD:
+        torch.manual_seed(3)
+        x, w, grad = operands(*shape)
+        y = scaled_linear(x, w, None, RECIPES[name], save_for_backward=mode)
+        results.append((y, *torch.autograd.grad(y, (x, w), grad)))
+    for first, second in zip(*results, strict=True):
+        assert_bitwise_equal(first, second)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_bytes_kept_for_backward(name: str):
+    x, w, _ = operands(512, 1024, 256)
+
+    def kept_of_x(mode: str, weight: torch.Tensor) -> int:
+        tensors = saved_tensors(lambda: scaled_linear(x, weight, None, RECIPES[name], save_for_backward=mode))
+        return sum(t.numel() * t.element_size() for t in tensors if t.data_ptr() != weight.data_ptr())
+
+    assert kept_of_x("high_precision", w) == 2 * x.numel()
+    # Scales: at most 4 bytes per 128 elements. A high-precision product needs the input as it is.
+    codes = RECIPES[name].grad_weight.quantized
+    assert kept_of_x("quantized", w) <= (1.04 if codes else 2) * x.numel()
+    assert kept_of_x("quantized", w.detach()) == 0
+    assert kept_of_x("high_precision", w.detach()) == 0
+
+
+def test_unknown_choice_of_what_to_keep():
+    x, w, _ = operands(4, 32, 8)
+    with pytest.raises(ValueError, match="save_for_backward got 'fp8'; want one of 'high_precision', 'quantized'"):
+        scaled_linear(x, w, None, RECIPES["float8_rowwise"], save_for_backward="fp8")
+
+
+def test_operands_with_the_same_scales_in_both_products_are_cast_once(monkeypatch):
+    module = import_module("aotrain.ops.scaled_linear")
+    casts = []
+    original = module.scaled_cast
+    monkeypatch.setattr(module, "scaled_cast", lambda x, scaling: casts.append(tuple(x.shape)) or original(x, scaling))
+    x, w, grad = operands(6, 32, 16)
+    y = scaled_linear(x, w, None, RECIPES["float8_tensorwise"], save_for_backward="quantized")
+    torch.autograd.grad(y, (x, w), grad)
+    assert casts == [(6, 32), (16, 32), (6, 16), (16, 32)]  # x, w, gradient, and w again: nothing keeps its codes
+    casts.clear()
+    y = scaled_linear(x, w, None, RECIPES["float8_rowwise"])
+    torch.autograd.grad(y, (x, w), grad)
+    assert casts == [(6, 32), (16, 32), (6, 16), (32, 16), (16, 6), (32, 6)]

@@ -46,9 +46,7 @@ class Precision(Section):
 
     # null: every product in param_dtype. Otherwise the format of the three products of each converted linear layer.
     recipe: (
-        Literal[
-            "float8_tensorwise", "float8_rowwise", "float8_rowwise_with_gw_hp", "float8_blockwise", "int8_rowwise"
-        ]
+        Literal["float8_tensorwise", "float8_rowwise", "float8_rowwise_with_gw_hp", "float8_blockwise", "int8_rowwise"]
         | None
     ) = None
     # Layers that stay in param_dtype: globs, or any part of the layer's name ("layers.0.", "feed_forward.w2"). The
