@@ -36,7 +36,13 @@ PUBLIC = {
         "convert_to_float8_training",
         "unconvert",
     ],
-    "aotrain.ops": ["scaled_linear"],
+    "aotrain.ops": [
+        "WeightCasts",
+        "cast_weight",
+        "check_save_for_backward",
+        "scaled_linear",
+        "transpose_quantized",
+    ],
     "aotrain.optim": [
         "Adam4bit",
         "Adam8bit",

@@ -22,6 +22,7 @@ from aotrain.formats import (
     ElementFormat,
     Scaling,
 )
+from aotrain.ops import check_save_for_backward
 from aotrain.recipes import GemmRecipe, LinearRecipe, recipe_name
 
 
@@ -128,9 +129,15 @@ class Float8LinearConfig:
         emulate: bfloat16 arithmetic with float8 numerics, for hardware without float8. CPU always emulates.
         force_recompute_fp8_weight_in_bwd: accepted for compatibility, no effect: backward casts are always recomputed.
         round_scales_to_power_of_2: round inverse scales down to powers of two, which makes scaling exact.
+        save_for_backward: what a layer keeps of its input: "high_precision", the input itself, or "quantized", the
+            codes of the grad_weight product, half the bytes of bfloat16. The results are the same. Quantized pays where
+            the input has no other user; layers that share one (q, k and v) each keep codes of their own.
+        cache_weight_casts: keep a weight's codes between two optimizer steps in layers that run several times (gradient
+            accumulation, evaluation).
 
     Raises:
-        ValueError: operands of one product that cannot be combined, or one operand cast to two dtypes.
+        ValueError: operands of one product that cannot be combined, one operand cast to two dtypes, or an unknown
+            `save_for_backward`.
         NotImplementedError: enable_fsdp_float8_all_gather.
     """
 
@@ -148,6 +155,8 @@ class Float8LinearConfig:
     emulate: bool = False
     force_recompute_fp8_weight_in_bwd: bool = False
     round_scales_to_power_of_2: bool = False
+    save_for_backward: str = "high_precision"
+    cache_weight_casts: bool = True
 
     def __post_init__(self) -> None:
         if self.enable_fsdp_float8_all_gather:
@@ -155,6 +164,7 @@ class Float8LinearConfig:
                 "enable_fsdp_float8_all_gather=True is not implemented yet; leave it False: FSDP2 then gathers "
                 "the weights in the mixed-precision dtype and casts them locally, with the same result."
             )
+        check_save_for_backward(self.save_for_backward)
         self.to_recipe()  # every inconsistency is reported at construction, not in the first forward
 
     @staticmethod

@@ -5,7 +5,8 @@ from typing import Any, Self, TypeVar
 import torch
 
 from aotrain.nn.float8_config import Float8LinearConfig
-from aotrain.ops import scaled_linear
+from aotrain.nn.weight_casts import WeightCastCache
+from aotrain.ops import WeightCasts, cast_weight, scaled_linear
 from aotrain.recipes import GemmRecipe, LinearRecipe
 
 ModuleT = TypeVar("ModuleT", bound=torch.nn.Module)
@@ -27,6 +28,8 @@ class Float8Linear(torch.nn.Linear):
     config: Float8LinearConfig | LinearRecipe
     recipe: LinearRecipe
     emulate: bool
+    save_for_backward: str
+    weight_casts: WeightCasts
 
     def __init__(
         self, *args: Any, config: Float8LinearConfig | LinearRecipe, emulate: bool | None = None, **kwargs: Any
@@ -43,7 +46,16 @@ class Float8Linear(torch.nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., K] -> [..., N]; see `aotrain.ops.scaled_linear`."""
-        return scaled_linear(input, self.weight, self.bias, self.recipe, emulate=self.emulate)
+        return scaled_linear(
+            input,
+            self.weight,
+            self.bias,
+            self.recipe,
+            emulate=self.emulate,
+            save_for_backward=self.save_for_backward,
+            # A compiled graph does not look at versions of parameters.
+            weight_casts=cast_weight if torch.compiler.is_compiling() else self.weight_casts,
+        )
 
     def extra_repr(self) -> str:
         """nn.Linear's, with the formats of the three products."""
@@ -53,10 +65,12 @@ class Float8Linear(torch.nn.Linear):
     def _set_config(self, config: Float8LinearConfig | LinearRecipe, emulate: bool | None) -> None:
         self.config = config
         if isinstance(config, LinearRecipe):
-            self.recipe, configured = config, False
+            self.recipe, settings = config, Float8LinearConfig()
         else:
-            self.recipe, configured = config.to_recipe(), config.emulate
-        self.emulate = configured if emulate is None else emulate
+            self.recipe, settings = config.to_recipe(), config
+        self.emulate = settings.emulate if emulate is None else emulate
+        self.save_for_backward = settings.save_for_backward
+        self.weight_casts = WeightCastCache() if settings.cache_weight_casts else cast_weight
 
 
 def clone_as(mod: torch.nn.Module, cls: type[ModuleT]) -> ModuleT:

@@ -1,5 +1,11 @@
 """Autograd: the one layer that knows that a linear layer is three matrix products."""
 
-from aotrain.ops.scaled_linear import scaled_linear
+from aotrain.ops.scaled_linear import (
+    WeightCasts,
+    cast_weight,
+    check_save_for_backward,
+    scaled_linear,
+    transpose_quantized,
+)
 
-__all__ = ["scaled_linear"]
+__all__ = ["WeightCasts", "cast_weight", "check_save_for_backward", "scaled_linear", "transpose_quantized"]

@@ -5,8 +5,8 @@
     grad_weight[N, K] = g.T @ x        backward
 
 Each product quantizes its own two operands as its `GemmRecipe` says; a product without a recipe runs in the input's
-dtype. Where the two uses of an operand have the same scales (one per tensor, or per 128 x 128 block), it is quantized
-once and the codes are transposed.
+dtype. Where both uses of the input or of the gradient have the same scales (one per tensor), it is quantized once and
+its codes are transposed.
 
 What is kept for backward is the choice of the caller, and changes no bit of the result:
 
@@ -124,7 +124,7 @@ class _ScaledLinear(torch.autograd.Function):
             kept[0] = x
             if options.save_for_backward == "quantized" and grad_weight.rhs is not None:
                 same = x_q is not None and _same_codes(x_q.scaling, grad_weight.rhs)
-                kept[:2] = (x_q if same and x_q is not None else scaled_cast(x.t(), grad_weight.rhs))[:2]
+                kept[:2] = (x_q if x_q is not None and same else scaled_cast(x.t(), grad_weight.rhs))[:2]
         ctx.save_for_backward(*kept)
         ctx.options, ctx.dtypes = options, (x.dtype, weight.dtype)
         return y
@@ -142,7 +142,7 @@ class _ScaledLinear(torch.autograd.Function):
                 grad_input = (grad @ weight.to(grad.dtype)).to(ctx.dtypes[0])
             else:
                 grad_q = scaled_cast(grad, grad_input_recipe.lhs)
-                w_q = _weight_of_grad_input(weight, options)
+                w_q = options.weight_casts(weight, grad_input_recipe.rhs, transposed=True)
                 grad_input = _product(grad_q, w_q, grad_input_recipe, ctx.dtypes[0], options)
         if ctx.needs_input_grad[1]:
             if grad_weight_recipe.lhs is None or grad_weight_recipe.rhs is None:
@@ -160,27 +160,22 @@ def _product(
     return scaled_mm(lhs, rhs, out_dtype, fast_accum=recipe.fast_accum, emulate=options.emulate)
 
 
-def _same_codes(scaling: Scaling, of_transposed: Scaling) -> bool:
+def _same_codes(scaling: Scaling | None, of_transposed: Scaling) -> bool:
     """Whether the codes of a matrix are those of its transposition."""
-    return scaling == of_transposed and scaling.block in _SYMMETRIC_BLOCKS
+    return scaling == of_transposed and of_transposed.block in _SYMMETRIC_BLOCKS
 
 
-def _transpose(q: ScaledTensor) -> ScaledTensor:
-    """The quantized transposition, if `_same_codes`."""
+def transpose_quantized(q: ScaledTensor) -> ScaledTensor | None:
+    """The quantized transposition of a matrix from the quantized matrix; None where it has other scales."""
+    if q.scaling.block not in _SYMMETRIC_BLOCKS:
+        return None
     return ScaledTensor(q.data.t().contiguous(), q.scale.t().contiguous(), q.scaling)
 
 
 def _transposed_cast(x: torch.Tensor, q: ScaledTensor | None, scaling: Scaling) -> ScaledTensor:
     """The quantized transposition of x, from q, which is x quantized, where that is possible."""
-    return _transpose(q) if q is not None and _same_codes(q.scaling, scaling) else scaled_cast(x.t(), scaling)
-
-
-def _weight_of_grad_input(weight: torch.Tensor, options: _Options) -> ScaledTensor:
-    forward, backward = options.recipe.output.rhs, options.recipe.grad_input.rhs
-    assert backward is not None
-    if forward is not None and _same_codes(forward, backward):
-        return _transpose(options.weight_casts(weight, forward, transposed=False))
-    return options.weight_casts(weight, backward, transposed=True)
+    reused = transpose_quantized(q) if q is not None and q.scaling == scaling else None
+    return scaled_cast(x.t(), scaling) if reused is None else reused
 
 
 def _saved_input(x: torch.Tensor, scale: torch.Tensor | None, recipe: LinearRecipe) -> ScaledTensor:
@@ -190,5 +185,5 @@ def _saved_input(x: torch.Tensor, scale: torch.Tensor | None, recipe: LinearReci
     if scale is None:
         return scaled_cast(x.t(), scaling)
     kept = ScaledTensor(x, scale, scaling)
-    forward = recipe.output.lhs
-    return _transpose(kept) if forward is not None and _same_codes(forward, scaling) else kept
+    transposed = transpose_quantized(kept) if _same_codes(recipe.output.lhs, scaling) else None
+    return kept if transposed is None else transposed

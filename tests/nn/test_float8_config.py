@@ -37,6 +37,9 @@ def test_fields_and_defaults_in_order():
         ("emulate", False),
         ("force_recompute_fp8_weight_in_bwd", False),
         ("round_scales_to_power_of_2", False),
+        # Ours, after those of the class that users know.
+        ("save_for_backward", "high_precision"),
+        ("cache_weight_casts", True),
     ]
 
 
@@ -115,3 +118,15 @@ def test_short_strings():
     assert CastConfig(target_dtype=torch.float8_e5m2).short_str() == "dyn_ten_e5m2"
     assert AXISWISE.short_str() == "dyn_axs_e4m3"
     assert DISABLED.short_str() == "dis_ten_e4m3"
+
+
+def test_unknown_choice_of_what_to_keep():
+    with pytest.raises(ValueError, match="save_for_backward got 'low'; want one of 'high_precision', 'quantized'"):
+        Float8LinearConfig(save_for_backward="low")
+
+
+def test_blockwise_takes_squares_of_weights_and_vectors_of_the_rest():
+    recipe = Float8LinearConfig.from_recipe_name("blockwise").to_recipe()
+    assert [scaling.block for scaling in (recipe.output.lhs, recipe.output.rhs)] == [(1, 128), (128, 128)]
+    assert [scaling.block for scaling in (recipe.grad_input.lhs, recipe.grad_input.rhs)] == [(1, 128), (128, 128)]
+    assert [scaling.block for scaling in (recipe.grad_weight.lhs, recipe.grad_weight.rhs)] == [(1, 128)] * 2
