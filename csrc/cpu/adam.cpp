@@ -11,12 +11,6 @@
 #include <cstddef>
 #include <vector>
 
-// Clang has no `#pragma GCC target`; what it builds runs the portable loops.
-#if defined(__x86_64__) && !defined(__clang__)
-#define AOTRAIN_X86 1
-#include <immintrin.h>
-#endif
-
 #define AOTRAIN_ISA scalar
 #include "adam_portable.h"
 #undef AOTRAIN_ISA
@@ -36,17 +30,6 @@ namespace {
 
 // A thread takes this many blocks at a time; fewer cost more than they save.
 constexpr int64_t kBlocksPerUnit = 128;
-
-Isa best_isa() {
-#if AOTRAIN_X86
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512vbmi"))
-        return kAvx512;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
-#endif
-    return kScalar;
-}
 
 StepRange select(int isa, const Options& options) {
 #if AOTRAIN_X86

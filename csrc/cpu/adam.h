@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "isa.h"
 #include "maps.h"
 
 namespace aotrain {
@@ -12,7 +13,6 @@ constexpr float kFloat8Max = 448.0f;
 constexpr int64_t kMaxBlock = 4096;  // a block is buffered on the stack
 constexpr int64_t kUnquantizedBlock = 1024;
 
-enum Isa : int32_t { kScalar, kAvx2, kAvx512 };
 enum Format : int32_t { kDynamic8, kDynamic4, kFloat8, kFloat32 };
 
 // One parameter, all fields 64 bits, as aotrain/kernels/_adam_cpu.py packs them; AdamTensors in adam.py explains them.
