@@ -1,11 +1,13 @@
 """scaled_cast: quantize a high-precision matrix; bit-identical to `aotrain.formats.quantize`.
 
-On CUDA, rowwise scaling to e4m3fn and e5m2 is one fused Triton kernel; everything else runs the definition itself.
+On CUDA, rowwise scaling to e4m3fn and e5m2 is one fused Triton kernel. On CPU, float32 scales of these two formats
+are a C++ kernel (`_cast_cpu`) for every block shape. Everything else runs the definition itself.
 """
 
 import torch
 
 from aotrain.formats import ELEMENT_FORMATS, ROWWISE, SCALE_FORMATS, ScaledTensor, Scaling, quantize, scale_shape
+from aotrain.kernels import _cast_cpu
 from aotrain.kernels._dispatch import triton_problem, warn_slow
 from aotrain.kernels._library import LIBRARY
 
@@ -40,6 +42,13 @@ def _reference(
     scaling = Scaling(element=ELEMENT_FORMATS[element], scale=SCALE_FORMATS[scale], block=(block_rows, block_columns))
     q = quantize(x_hp.contiguous(), scaling)
     return q.data, q.scale
+
+
+def _cpu(
+    x_hp: torch.Tensor, element: str, scale: str, block_rows: int, block_columns: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    cast = _reference if _cast_cpu.problem(x_hp, element, scale) else _cast_cpu.scaled_cast
+    return cast(x_hp, element, scale, block_rows, block_columns)
 
 
 def _cuda(
@@ -81,5 +90,6 @@ def _fake(
 
 
 LIBRARY.impl("scaled_cast", _reference, "CompositeExplicitAutograd")
+LIBRARY.impl("scaled_cast", _cpu, "CPU")
 LIBRARY.impl("scaled_cast", _cuda, "CUDA")
 torch.library.register_fake("aotrain::scaled_cast", _fake, lib=LIBRARY)
