@@ -22,10 +22,10 @@ from aotrain.formats import (
     ROWWISE,
     TENSORWISE,
     ScaledTensor,
-    decode_elements,
 )
 from aotrain.formats.scaling import Block, expand_blocks
 from aotrain.kernels._library import LIBRARY
+from aotrain.kernels._mm_cpu import decode_elements, scale_product
 
 # What cuBLASLt demands of the leading dimensions of float8 operands.
 NATIVE_ALIGNMENT = 16
@@ -132,13 +132,7 @@ def _emulated(
     # A float16 output needs the product in a wider range: sums of unscaled codes exceed 65504.
     mm_dtype = torch.bfloat16 if out_dtype == torch.bfloat16 else torch.float32
     product = decode_elements(a, mm_dtype) @ decode_elements(b, mm_dtype).t()
-    return _scale_product(product, a_scale, b_scale, out_dtype)
-
-
-def _scale_product(
-    product: torch.Tensor, a_scale: torch.Tensor, b_scale: torch.Tensor, out_dtype: torch.dtype
-) -> torch.Tensor:
-    return (product.float() * a_scale * b_scale.t()).to(out_dtype)
+    return scale_product(product, a_scale, b_scale, out_dtype)
 
 
 def _emulated_blocks(
@@ -171,7 +165,7 @@ def _int8(
         part = torch._int_mm(a[:, start : start + _INT32_TERMS], b[:, start : start + _INT32_TERMS].t())
         product = part if product is None else product.float() + part
     assert product is not None
-    return _scale_product(product[:rows, :columns], a_scale, b_scale, out_dtype)
+    return scale_product(product[:rows, :columns], a_scale, b_scale, out_dtype)
 
 
 def _native(

@@ -1,0 +1,58 @@
+// The loops of the emulated scaled_mm, included once per instruction set; the includer defines AOTRAIN_ISA, the name of
+// the namespace. No include guard for that reason.
+
+namespace aotrain::AOTRAIN_ISA {
+
+template <typename To, typename From>
+inline To bits_as(From x) {
+    return __builtin_bit_cast(To, x);
+}
+
+template <typename Bits>
+void decode(const uint8_t* codes, int64_t n, const void* table, void* to) {
+    const Bits* values = static_cast<const Bits*>(table);
+    Bits* x = static_cast<Bits*>(to);
+    for (int64_t i = 0; i < n; i++) x[i] = values[codes[i]];
+}
+
+struct Float32 {
+    using Bits = uint32_t;
+    static float value(Bits bits) { return bits_as<float>(bits); }
+    static Bits bits(float x) { return bits_as<uint32_t>(x); }
+};
+
+struct Bfloat16 {
+    using Bits = uint16_t;
+    static float value(Bits bits) { return bits_as<float>(static_cast<uint32_t>(bits) << 16); }
+    // Nearest, ties to even; NaN is one NaN.
+    static Bits bits(float x) {
+        const uint32_t all = bits_as<uint32_t>(x), rounded = (all + 0x7FFF + ((all >> 16) & 1)) >> 16;
+        return static_cast<uint16_t>((all & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
+    }
+};
+
+// First the row's scale, then the column's, each product rounded.
+template <class Value>
+inline void scale_rows_of(const Product& p, int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; row++) {
+        auto* x = static_cast<typename Value::Bits*>(p.values) + row * p.columns;
+        const float row_scale = p.row_scale[row * p.row_step], column_scale = *p.column_scale;
+        if (p.column_step) {
+            for (int64_t i = 0; i < p.columns; i++)
+                x[i] = Value::bits(Value::value(x[i]) * row_scale * p.column_scale[i]);
+        } else {
+            for (int64_t i = 0; i < p.columns; i++) x[i] = Value::bits(Value::value(x[i]) * row_scale * column_scale);
+        }
+    }
+}
+
+void scale_rows(const Product& p, int64_t first, int64_t last) {
+    if (p.bf16)
+        scale_rows_of<Bfloat16>(p, first, last);
+    else
+        scale_rows_of<Float32>(p, first, last);
+}
+
+constexpr ProductLoops kProductLoops{decode<uint16_t>, decode<uint32_t>, scale_rows};
+
+}  // namespace aotrain::AOTRAIN_ISA
