@@ -33,7 +33,7 @@ def library() -> tuple[ctypes.CDLL | None, str | None]:
 
 
 def decode_elements(data: torch.Tensor, dtype: torch.dtype, isa: str | None = None) -> torch.Tensor:
-    """`aotrain.formats.decode_elements`: 8-bit data as bfloat16 or float32, exactly. Tests choose the instruction set."""
+    """`aotrain.formats.decode_elements`: 8-bit data as bfloat16 or float32, exactly; tests choose the `isa`."""
     found, _ = library()
     if found is None or data.device.type != "cpu" or not data.is_contiguous():
         return decode_elements_reference(data, dtype)
