@@ -18,6 +18,8 @@ class Case:
         elements: what to give the time per, such as parameters of an optimizer; 0 for nothing.
         bytes_kept: memory held between runs, such as an optimizer's state.
         first_ms: time of the very first run, with whatever it compiles and allocates.
+        group: cases of one group that follow each other are timed in turns, so that whatever else the machine does
+            slows all of them; "" for a case of its own.
     """
 
     name: str
@@ -29,3 +31,4 @@ class Case:
     elements: int = 0
     bytes_kept: int = 0
     first_ms: float = 0.0
+    group: str = ""

@@ -12,6 +12,7 @@ from aotrain.kernels import scaled_cast
 from aotrain.recipes import RECIPES
 from aotrain.testing import assert_bitwise_equal
 from benchmarks.case import Case
+from benchmarks.float8 import float8_cases
 from benchmarks.optim import optim_cases
 
 # Rows x columns of activations and weights: Llama 3 8B and 70B at 16k tokens. A CPU gets the same aspect at less cost.
@@ -54,5 +55,6 @@ def _copy(x: torch.Tensor) -> Case:
 
 BENCHMARKS: dict[str, Callable[[torch.device], Iterator[Case]]] = {
     "scaled_cast": scaled_cast_cases,
+    "float8": float8_cases,
     "optim": optim_cases,
 }

@@ -18,7 +18,7 @@ import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,27 +50,50 @@ def main(arguments: list[str] | None = None) -> int:
     failures = 0
     for name in options.names:
         rows = []
-        for case in BENCHMARKS[name](device):
-            row = measure(case, device, options.repeats)
-            if row is None:
-                failures += 1
-                continue
-            rows.append(row | where)
-            per_element = f"  {row['ns_per_element']} ns each" if row["ns_per_element"] else ""
-            speed = f"{row['median_ms']:>9} ms {row['gb_per_s']:>8} GB/s{per_element}"
-            print(f"{row['case']:32} {row['shape']:>14} {speed}", flush=True)
+        for batch in batches(BENCHMARKS[name](device)):
+            correct = [case for case in batch if is_correct(case)]
+            failures += len(batch) - len(correct)
+            for row in measure(correct, device, options.repeats):
+                rows.append(row | where)
+                per_element = f"  {row['ns_per_element']} ns each" if row["ns_per_element"] else ""
+                speed = f"{row['median_ms']:>9} ms {row['gb_per_s']:>8} GB/s{per_element}"
+                print(f"{row['case']:34} {row['shape']:>14} {speed}", flush=True)
         append_rows(options.out / f"{name}.csv", rows)
     return 1 if failures else 0
 
 
-def measure(case: Case, device: torch.device, repeats: int) -> dict[str, Any] | None:
-    """Row of one case, None when its result is wrong."""
+def batches(cases: Iterable[Case]) -> Iterator[list[Case]]:
+    """Cases to time in turns: those of one group, or a single one."""
+    batch: list[Case] = []
+    for case in cases:
+        if batch and case.group != batch[0].group:
+            yield batch
+            batch = []
+        if case.group:
+            batch.append(case)
+        else:
+            yield [case]
+    if batch:
+        yield batch
+
+
+def is_correct(case: Case) -> bool:
+    """Whether the case's check passes; says why not."""
     try:
         case.check()
     except AssertionError as error:
         print(f"error: {case.name} {case.shape} is wrong and was not timed: {error}", file=sys.stderr)
-        return None
-    times = times_ms(case.run, device, repeats=repeats)
+        return False
+    return True
+
+
+def measure(batch: Sequence[Case], device: torch.device, repeats: int) -> list[dict[str, Any]]:
+    """Row of each case of a batch."""
+    times = times_ms([case.run for case in batch], device, repeats=repeats)
+    return [_row(case, own, repeats) for case, own in zip(batch, times, strict=True)]
+
+
+def _row(case: Case, times: list[float], repeats: int) -> dict[str, Any]:
     median = statistics.median(times)
     deciles = statistics.quantiles(times, n=10) if len(times) > 1 else [median] * 9
     return {

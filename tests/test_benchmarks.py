@@ -5,7 +5,7 @@ import csv
 import pytest
 import torch
 
-from benchmarks import registry, run
+from benchmarks import float8, registry, run
 from benchmarks.case import Case
 
 
@@ -39,3 +39,34 @@ def test_a_wrong_result_is_not_timed(small, tmp_path, capsys, monkeypatch):
     assert run.main(["scaled_cast", "--out", str(tmp_path), "--repeats", "3"]) == 1
     assert "bad 1x1 is wrong and was not timed: bits differ" in capsys.readouterr().err
     assert list(csv.DictReader((tmp_path / "scaled_cast.csv").open())) == []
+
+
+def test_cases_of_a_group_run_in_turns(tmp_path, monkeypatch):
+    order = []
+
+    def cases(device):
+        for name, group in (("alone", ""), ("first", "g"), ("second", "g"), ("wrong", "g"), ("other", "h")):
+            yield Case(
+                name=name,
+                shape="1x1",
+                run=lambda name=name: order.append(name),
+                check=wrong if name == "wrong" else lambda: None,
+                bytes_moved=1,
+                group=group,
+            )
+
+    def wrong() -> None:
+        raise AssertionError("bits differ")
+
+    monkeypatch.setitem(run.BENCHMARKS, "scaled_cast", cases)
+    assert run.main(["scaled_cast", "--out", str(tmp_path), "--repeats", "2"]) == 1
+    assert order == 5 * ["alone"] + 5 * ["first", "second"] + 5 * ["other"]
+
+
+def test_float8_measures_our_recipes_beside_bfloat16(tmp_path, monkeypatch):
+    monkeypatch.setattr(float8, "CPU_SHAPES", ((64, 128, 96),))
+    assert run.main(["float8", "--out", str(tmp_path), "--repeats", "2"]) == 0
+    rows = list(csv.DictReader((tmp_path / "float8.csv").open()))
+    names = [row["case"].removeprefix("float8-") for row in rows]
+    assert names[:4] == ["bf16", "aotrain-tensorwise", "aotrain-rowwise", "aotrain-rowwise_with_gw_hp"]
+    assert {row["shape"] for row in rows} == {"64x128x96"}
