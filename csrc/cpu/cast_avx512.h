@@ -23,37 +23,87 @@ inline __mmask64 join(const __mmask16 k[4]) {
 
 inline __mmask16 part(__mmask64 k, int j) { return static_cast<__mmask16>(k >> (16 * j)); }
 
+// Each input has the magnitudes of 64 elements as four vectors, and which elements are negative. `kPairs`:
+// the vectors hold even, odd, even and odd elements, 32 of each pair of vectors; otherwise 16 after 16.
+
 struct Float32 : avx512_portable::Float32 {
-    static __m512 load(const Bits* x, __mmask16 k) { return _mm512_maskz_loadu_ps(k, x); }
+    static constexpr bool kPairs = false;
+    static __mmask64 load(const Bits* x, __mmask64 k, __m512 magnitude[4]) {
+        __mmask16 negative[4];
+        for (int j = 0; j < 4; j++) {
+            const __m512 value = _mm512_maskz_loadu_ps(part(k, j), x + 16 * j);
+            magnitude[j] = _mm512_abs_ps(value);
+            negative[j] = _mm512_movepi32_mask(as_int(value));
+        }
+        return join(negative);
+    }
 };
 
+// Halves of 32 16-bit elements each, and which of them are negative.
+inline __mmask64 load_halves(const uint16_t* x, __mmask64 k, __m512i half[2]) {
+    half[0] = _mm512_maskz_loadu_epi16(static_cast<__mmask32>(k), x);
+    half[1] = _mm512_maskz_loadu_epi16(static_cast<__mmask32>(k >> 32), x + 32);
+    return _mm512_kunpackd(_mm512_movepi16_mask(half[1]), _mm512_movepi16_mask(half[0]));
+}
+
 struct Bfloat16 : avx512_portable::Bfloat16 {
-    static __m512 load(const Bits* x, __mmask16 k) {
-        return as_float(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(k, x)), 16));
+    static constexpr bool kPairs = true;
+    static __mmask64 load(const Bits* x, __mmask64 k, __m512 magnitude[4]) {
+        __m512i half[2];
+        const __mmask64 negative = load_halves(x, k, half);
+        for (int j = 0; j < 2; j++) {
+            const __m512i absolute = _mm512_and_si512(half[j], all(0x7FFF7FFF));
+            magnitude[2 * j] = as_float(_mm512_slli_epi32(absolute, 16));
+            magnitude[2 * j + 1] = as_float(_mm512_and_si512(absolute, all(0xFFFF0000)));
+        }
+        return negative;
     }
 };
 
 struct Float16 : avx512_portable::Float16 {
-    static __m512 load(const Bits* x, __mmask16 k) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(k, x)); }
+    static constexpr bool kPairs = false;
+    static __mmask64 load(const Bits* x, __mmask64 k, __m512 magnitude[4]) {
+        __m512i half[2];
+        const __mmask64 negative = load_halves(x, k, half);
+        for (int j = 0; j < 2; j++) {
+            const __m512i absolute = _mm512_and_si512(half[j], all(0x7FFF7FFF));
+            magnitude[2 * j] = _mm512_cvtph_ps(_mm512_castsi512_si256(absolute));
+            magnitude[2 * j + 1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(absolute, 1));
+        }
+        return negative;
+    }
 };
 
-// code_of of cast_portable.h without the sign; only the lowest byte of each element counts.
+template <bool Pairs>
+inline void load_scales(const float* inverse, __mmask64 k, __m512 scale[4]) {
+    for (int j = 0; j < 4; j++) scale[j] = _mm512_maskz_loadu_ps(part(k, j), inverse + 16 * j);
+    if (!Pairs) return;
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odd = _mm512_add_epi32(even, all(1));
+    for (int j = 0; j < 4; j += 2) {
+        const __m512 first = scale[j], second = scale[j + 1];
+        scale[j] = _mm512_permutex2var_ps(first, even, second);
+        scale[j + 1] = _mm512_permutex2var_ps(first, odd, second);
+    }
+}
+
+// code_of of cast_portable.h for y >= 0; only the lowest byte of each element counts, and it has the bias added.
 template <class E>
-inline __m512i magnitude_code(__m512 y) {
+inline __m512i biased_code(__m512 y) {
     constexpr int kDropped = 23 - E::kMantissa;
     const __m512i own = _mm512_and_si512(as_int(y), all(0x7F800000));
     const __m512i exponent = _mm512_max_epu32(own, all(E::kMinExponent << 23));
-    const __m512 step = as_float(_mm512_add_epi32(exponent, all(kDropped << 23)));
-    const __m512 sum = _mm512_add_ps(_mm512_abs_ps(y), step);
+    const __m512 sum = _mm512_add_ps(y, as_float(_mm512_add_epi32(exponent, all(kDropped << 23))));
     return _mm512_add_epi32(as_int(sum), _mm512_srli_epi32(exponent, kDropped));
 }
 
 // The lowest bytes of 64 elements, in their order.
+template <bool Pairs>
 inline __m512i pack(const __m512i x[4]) {
     alignas(64) static constexpr struct Order {
         uint8_t at[64] = {};
-        constexpr Order() {
-            for (int i = 0; i < 64; i++) at[i] = static_cast<uint8_t>(i % 32 * 4);  // 64 and above: the second operand
+        constexpr Order() {  // 64 and above: the second operand
+            for (int i = 0; i < 64; i++) at[i] = static_cast<uint8_t>(Pairs ? i % 32 / 2 * 4 + i % 2 * 64 : i % 32 * 4);
         }
     } order;
     const __m512i at = _mm512_load_si512(order.at);
@@ -61,36 +111,29 @@ inline __m512i pack(const __m512i x[4]) {
     return _mm512_mask_mov_epi8(low, 0xFFFFFFFF00000000, high);
 }
 
-// Codes of 64 products.
-template <class E, bool Regular>
-inline __m512i encode64(const __m512 y[4]) {
-    __m512i code[4];
-    __mmask16 negative[4], nan[4];
-    for (int j = 0; j < 4; j++) {
-        code[j] = magnitude_code<E>(y[j]);
-        negative[j] = _mm512_movepi32_mask(as_int(y[j]));
-        if (!Regular) nan[j] = _mm512_cmp_ps_mask(y[j], y[j], _CMP_UNORD_Q);
-    }
-    constexpr auto kBias = static_cast<char>(static_cast<uint8_t>(E::kMinExponent << E::kMantissa));
-    __m512i codes = _mm512_sub_epi8(pack(code), _mm512_set1_epi8(kBias));
-    codes = _mm512_mask_add_epi8(codes, join(negative), codes, _mm512_set1_epi8(-128));
-    return Regular ? codes : _mm512_mask_mov_epi8(codes, join(nan), _mm512_set1_epi8(0x7F));
-}
-
 // `Each`: a scale per element; otherwise *inverse is that of all.
 template <class In, class E, bool Regular, bool Each>
 inline void encode_loop(const void* from, int64_t n, const float* inverse, uint8_t* codes) {
+    constexpr uint32_t kBias = (E::kMinExponent << E::kMantissa) & 0xFF, kNan = 0x7F;
     const auto* x = static_cast<const typename In::Bits*>(from);
     const __m512 common = _mm512_set1_ps(*inverse);
+    __m512 scale[4] = {common, common, common, common};
     for (int64_t i = 0; i < n; i += 64) {
         const __mmask64 k = first_bits(n, i);
-        __m512 y[4];
+        if (Each) load_scales<In::kPairs>(inverse + i, k, scale);
+        __m512 magnitude[4];
+        __m512i biased[4];
+        __mmask64 negative = In::load(x + i, k, magnitude);
         for (int j = 0; j < 4; j++) {
-            const int64_t at = i + 16 * j;
-            const __m512 scale = Each ? _mm512_maskz_loadu_ps(part(k, j), inverse + at) : common;
-            y[j] = _mm512_mul_ps(In::load(x + at, part(k, j)), scale);
+            const __m512 y = _mm512_mul_ps(magnitude[j], scale[j]);
+            biased[j] = biased_code<E>(y);
+            if (!Regular)
+                biased[j] = _mm512_mask_mov_epi32(biased[j], _mm512_cmp_ps_mask(y, y, _CMP_UNORD_Q), all(kBias + kNan));
         }
-        _mm512_mask_storeu_epi8(codes + i, k, encode64<E, Regular>(y));
+        const __m512i code = _mm512_sub_epi8(pack<In::kPairs>(biased), _mm512_set1_epi8(static_cast<char>(kBias)));
+        if (!Regular) negative &= _mm512_cmpneq_epi8_mask(code, _mm512_set1_epi8(kNan));  // one NaN
+        const __m512i sign = _mm512_set1_epi8(-128);
+        _mm512_mask_storeu_epi8(codes + i, k, _mm512_mask_add_epi8(code, negative, code, sign));
     }
 }
 

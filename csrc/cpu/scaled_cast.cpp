@@ -28,11 +28,11 @@
 namespace aotrain {
 namespace {
 
-constexpr int64_t kTileRows = 64, kTileColumns = 256;
-constexpr int64_t kUnitElements = 32768;       // a thread takes about as many at a time
-constexpr int64_t kCachedBytes = 512 << 10;    // what surely stays in a core's own cache
-constexpr int64_t kRowsPerMaximum = 32;        // whose maximum is merged with that of the block at once
-constexpr int64_t kShortRun = 16;              // of elements with one scale: not worth a call
+constexpr int64_t kTileRows = 64, kTileColumns = 512, kRowsAhead = 2;
+constexpr int64_t kUnitElements = 32768;     // a thread takes about as many at a time
+constexpr int64_t kCachedBytes = 512 << 10;  // what surely stays in a core's own cache
+constexpr int64_t kRowsPerMaximum = 32;      // whose maximum is merged with that of the block at once
+constexpr int64_t kShortRun = 16;            // of elements with one scale: not worth a call
 
 int64_t blocks(int64_t n, int64_t block) { return (n + block - 1) / block; }
 
@@ -186,15 +186,25 @@ class Matrix {
         for (int64_t row = first; row < last; row++) quantize(row, 0, c.columns, c.codes + row * c.columns);
     }
 
+    // A tile's row is too short for the hardware to see a stream.
+    void prefetch_row(int64_t row, int64_t column, int64_t n) const {
+        if (row >= c.rows) return;
+        for (int64_t i = 0; i < n; i += 64 / item()) __builtin_prefetch(at(row, column + i));
+    }
+
     void quantize_tile(int64_t first_row, int64_t first_column) const {
         alignas(64) uint8_t tile[kTileRows][kTileColumns], lines[16][kTileRows];
         const int64_t rows = std::min(kTileRows, c.rows - first_row);
         const int64_t columns = std::min(kTileColumns, c.columns - first_column);
-        for (int64_t i = 0; i < rows; i++) quantize(first_row + i, first_column, first_column + columns, tile[i]);
+        for (int64_t i = 0; i < rows; i++) {
+            prefetch_row(first_row + i + kRowsAhead, first_column, columns);
+            quantize(first_row + i, first_column, first_column + columns, tile[i]);
+        }
         for (int64_t j = 0; j < columns; j += 16) {
             for (int64_t i = 0; i < rows; i += 16) f.transpose16(tile[i] + j, kTileColumns, lines[0] + i, kTileRows);
             // Whole lines at once: those of a power-of-two number of rows compete for the same place in the cache.
             uint8_t* to = c.codes + (first_column + j) * c.rows + first_row;
+            for (int64_t k = 16; k < std::min<int64_t>(32, columns - j); k++) __builtin_prefetch(to + k * c.rows, 1);
             for (int64_t k = 0; k < std::min<int64_t>(16, columns - j); k++, to += c.rows) {
                 if (rows == kTileRows)
                     std::memcpy(to, lines[k], kTileRows);

@@ -1,5 +1,5 @@
-// What the emulated float8 product does around its bfloat16 or float32 product of codes: decode both operands, and scale
-// the result in place; bit for bit the torch expressions of aotrain/kernels/scaled_mm.py.
+// What the emulated float8 product does around its bfloat16 or float32 product of codes: decode both operands, and
+// scale the result in place; bit for bit the torch expressions of aotrain/kernels/_mm_cpu.py.
 //
 // Compile with -ffp-contract=off. C ABI, no torch headers: one build serves every torch version.
 #include "product.h"
