@@ -12,11 +12,10 @@ def decode_elements(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """
     if data.device.type != "cpu":
         return data.to(dtype)
-    values = values_of_codes(data.dtype, dtype)
+    values = _values_of_codes(data.dtype, dtype)
     return values.index_select(0, data.contiguous().view(torch.uint8).flatten().int()).view(data.shape)
 
 
 @cached_table
-def values_of_codes(element_dtype: torch.dtype, dtype: torch.dtype) -> torch.Tensor:
-    """The value of each of the 256 codes, on CPU. Shared: not to be written to."""
-    return torch.arange(256, dtype=torch.uint8, device="cpu").view(element_dtype).to(dtype)
+def _values_of_codes(element_dtype: torch.dtype, dtype: torch.dtype) -> torch.Tensor:
+    return torch.arange(256, dtype=torch.uint8).view(element_dtype).to(dtype)

@@ -2,7 +2,7 @@
 
 The thin functions here take and return the project's own types; torch.library sees only plain tensors, numbers and
 strings. Each op has a schema, a fake implementation for tracing, a plain-torch implementation that runs on every
-device, and, where there is one, a faster implementation for CUDA.
+device, and, where there is one, a faster implementation for CUDA (Triton) or CPU (C++).
 """
 
 from aotrain.kernels.scaled_cast import scaled_cast

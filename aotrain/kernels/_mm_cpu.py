@@ -10,7 +10,6 @@ from array import array
 import torch
 
 from aotrain.formats import decode_elements as decode_elements_reference
-from aotrain.formats.decode import values_of_codes
 from aotrain.kernels._native import native_library
 
 # Enum Isa of csrc/cpu/isa.h.
@@ -37,7 +36,7 @@ def decode_elements(data: torch.Tensor, dtype: torch.dtype, isa: str | None = No
     found, _ = library()
     if found is None or data.device.type != "cpu" or not data.is_contiguous():
         return decode_elements_reference(data, dtype)
-    table = values_of_codes(data.dtype, dtype)
+    table = _values_of_codes(data.dtype, dtype)
     values = data.new_empty(data.shape, dtype=dtype)
     found.aotrain_decode(
         *(data.data_ptr(), data.numel(), table.data_ptr(), table.element_size(), values.data_ptr()),
@@ -90,6 +89,11 @@ def scale_product(
         torch.get_num_threads(),
     )
     return product
+
+
+@functools.lru_cache(maxsize=16)
+def _values_of_codes(element_dtype: torch.dtype, dtype: torch.dtype) -> torch.Tensor:
+    return torch.arange(256, dtype=torch.uint8, device="cpu").view(element_dtype).to(dtype)
 
 
 def _is_scale_of(size: int, scale: torch.Tensor) -> bool:

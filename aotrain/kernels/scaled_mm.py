@@ -9,7 +9,7 @@ Backends that give the same result up to the order of accumulation:
   `torch._int_mm`, on CPUs too. What they cannot take is padded with zeros and the result is cut back.
 - **emulated**: float8 codes are exact in bfloat16, so a plain bfloat16 (or float32) product of the codes, scaled
   afterwards, is the same sum; with scales along K that are powers of two, so is a product of the dequantized operands.
-  No rounded copy of an operand is made.
+  No rounded copy of an operand is made. On CPU, what surrounds the product is C++ (`_mm_cpu`).
 """
 
 import functools
