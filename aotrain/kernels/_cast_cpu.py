@@ -12,7 +12,7 @@ from aotrain.kernels._native import native_library
 # Enums Isa, Input and Element of csrc/cpu/{isa,cast}.h.
 ISAS = {"scalar": 0, "avx2": 1, "avx512": 2}
 _INPUTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_ELEMENTS = {"float8_e4m3fn": 0, "float8_e5m2": 1}
+_ELEMENTS = {"float8_e4m3fn": 0, "float8_e5m2": 1, "int8": 2}
 _SCALES = {"float32": 0, "float32_pow2": 1}
 
 

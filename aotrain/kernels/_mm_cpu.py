@@ -57,7 +57,7 @@ def scale_product(
     A NaN in a bfloat16 result is 0x7fc0; torch writes whichever NaN its vector code makes.
 
     Args:
-        product: [M, N], consumed.
+        product: [M, N], consumed; int32, or a floating dtype.
         a_scale: [M, 1] or [1, 1].
         b_scale: [N, 1] or [1, 1].
         out_dtype: of the result.
@@ -65,19 +65,21 @@ def scale_product(
     """
     found, _ = library()
     scales = (a_scale, b_scale)
+    sums = product.dtype == torch.int32
     if (
         found is None
         or product.device.type != "cpu"
-        or product.dtype != out_dtype
+        or (product.dtype != out_dtype and not sums)
         or out_dtype not in (torch.bfloat16, torch.float32)
         or not product.is_contiguous()
         or not all(_is_scale_of(size, scale) for size, scale in zip(product.shape, scales, strict=True))
     ):
         return (product.float() * a_scale * b_scale.t()).to(out_dtype)
+    values = product.new_empty(product.shape, dtype=out_dtype) if sums else product
     table = array(
         "q",
         (
-            *(product.data_ptr(), a_scale.data_ptr(), b_scale.data_ptr()),
+            *(values.data_ptr(), product.data_ptr() if sums else 0, a_scale.data_ptr(), b_scale.data_ptr()),
             *product.shape,
             *(int(scale.numel() > 1) for scale in scales),
             out_dtype == torch.bfloat16,
@@ -88,7 +90,7 @@ def scale_product(
         found.aotrain_scaled_mm_isa() if isa is None else ISAS[isa],
         torch.get_num_threads(),
     )
-    return product
+    return values
 
 
 @functools.lru_cache(maxsize=16)

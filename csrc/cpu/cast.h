@@ -8,7 +8,7 @@
 namespace aotrain {
 
 enum Input : int32_t { kFloat32Input, kBfloat16Input, kFloat16Input };
-enum Element : int32_t { kE4m3, kE5m2 };
+enum Element : int32_t { kE4m3, kE5m2, kInt8 };
 
 // One cast, all fields 64 bits, as aotrain/kernels/_cast_cpu.py packs them.
 //
@@ -34,6 +34,10 @@ struct E5m2 {
     static constexpr int kMantissa = 2;
     static constexpr uint32_t kMinExponent = 127 - 14;
     static constexpr double kMax = 57344.0;
+};
+
+struct Int8 {
+    static constexpr double kMax = 127.0;
 };
 
 // The loops of one input and element format. The pattern of a magnitude is its bits in the input's format: patterns

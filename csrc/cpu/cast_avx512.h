@@ -97,6 +97,21 @@ inline __m512i biased_code(__m512 y) {
     return _mm512_add_epi32(as_int(sum), _mm512_srli_epi32(exponent, kDropped));
 }
 
+// The bias of biased_code, and the code of NaN.
+template <class E>
+inline constexpr uint32_t kBias = (E::kMinExponent << E::kMantissa) & 0xFF;
+template <class E>
+inline constexpr uint32_t kNan = 0x7F;
+
+template <>
+inline __m512i biased_code<Int8>(__m512 y) {
+    return _mm512_cvtps_epi32(y);
+}
+template <>
+inline constexpr uint32_t kBias<Int8> = 0;
+template <>
+inline constexpr uint32_t kNan<Int8> = 0;
+
 // The lowest bytes of 64 elements, in their order.
 template <bool Pairs>
 inline __m512i pack(const __m512i x[4]) {
@@ -114,7 +129,7 @@ inline __m512i pack(const __m512i x[4]) {
 // `Each`: a scale per element; otherwise *inverse is that of all.
 template <class In, class E, bool Regular, bool Each>
 inline void encode_loop(const void* from, int64_t n, const float* inverse, uint8_t* codes) {
-    constexpr uint32_t kBias = (E::kMinExponent << E::kMantissa) & 0xFF, kNan = 0x7F;
+    constexpr bool kInteger = std::is_same_v<E, Int8>;
     const auto* x = static_cast<const typename In::Bits*>(from);
     const __m512 common = _mm512_set1_ps(*inverse);
     __m512 scale[4] = {common, common, common, common};
@@ -128,12 +143,15 @@ inline void encode_loop(const void* from, int64_t n, const float* inverse, uint8
             const __m512 y = _mm512_mul_ps(magnitude[j], scale[j]);
             biased[j] = biased_code<E>(y);
             if (!Regular)
-                biased[j] = _mm512_mask_mov_epi32(biased[j], _mm512_cmp_ps_mask(y, y, _CMP_UNORD_Q), all(kBias + kNan));
+                biased[j] = _mm512_mask_mov_epi32(biased[j], _mm512_cmp_ps_mask(y, y, _CMP_UNORD_Q),
+                                                  all(kBias<E> + kNan<E>));
         }
-        const __m512i code = _mm512_sub_epi8(pack<In::kPairs>(biased), _mm512_set1_epi8(static_cast<char>(kBias)));
-        if (!Regular) negative &= _mm512_cmpneq_epi8_mask(code, _mm512_set1_epi8(kNan));  // one NaN
-        const __m512i sign = _mm512_set1_epi8(-128);
-        _mm512_mask_storeu_epi8(codes + i, k, _mm512_mask_add_epi8(code, negative, code, sign));
+        const __m512i code = _mm512_sub_epi8(pack<In::kPairs>(biased), _mm512_set1_epi8(static_cast<char>(kBias<E>)));
+        if (!Regular) negative &= _mm512_cmpneq_epi8_mask(code, _mm512_set1_epi8(kNan<E>));  // one NaN
+        const __m512i with_sign = kInteger
+                                      ? _mm512_mask_sub_epi8(code, negative, _mm512_setzero_si512(), code)
+                                      : _mm512_mask_add_epi8(code, negative, code, _mm512_set1_epi8(-128));
+        _mm512_mask_storeu_epi8(codes + i, k, with_sign);
     }
 }
 
@@ -157,10 +175,14 @@ template <class In, class E>
 inline constexpr CastLoops kLoops{avx512_portable::amax<In>, avx512_portable::amax_columns<In>, encode<In, E>,
                                   encode_each<In, E>, avx512_portable::transpose16};
 
+template <class In>
+inline const CastLoops& select_element(int64_t element) {
+    return element == kE4m3 ? kLoops<In, E4m3> : element == kE5m2 ? kLoops<In, E5m2> : kLoops<In, Int8>;
+}
+
 inline const CastLoops& select(int64_t input, int64_t element) {
-    if (input == kFloat32Input) return element == kE4m3 ? kLoops<Float32, E4m3> : kLoops<Float32, E5m2>;
-    if (input == kBfloat16Input) return element == kE4m3 ? kLoops<Bfloat16, E4m3> : kLoops<Bfloat16, E5m2>;
-    return element == kE4m3 ? kLoops<Float16, E4m3> : kLoops<Float16, E5m2>;
+    if (input == kFloat32Input) return select_element<Float32>(element);
+    return input == kBfloat16Input ? select_element<Bfloat16>(element) : select_element<Float16>(element);
 }
 
 }  // namespace aotrain::avx512

@@ -80,6 +80,16 @@ inline uint8_t code_of(float y) {
     return static_cast<uint8_t>(!Regular && magnitude > 0x7F800000 ? 0x7F : signed_code);
 }
 
+// The same for integers, where a NaN is 0. The last bits of the sum are the integer, in two's complement.
+template <>
+inline uint8_t code_of<Int8, true>(float y) {
+    return static_cast<uint8_t>(bits_as<uint32_t>(y + 0x1.8p23f));
+}
+template <>
+inline uint8_t code_of<Int8, false>(float y) {
+    return y == y ? code_of<Int8, true>(y) : uint8_t{0};
+}
+
 template <class In, class E>
 void encode(const void* from, int64_t n, float inverse, uint8_t* codes) {
     const auto* x = static_cast<const typename In::Bits*>(from);
@@ -128,10 +138,14 @@ inline void transpose16(const uint8_t* from, int64_t from_stride, uint8_t* to, i
 template <class In, class E>
 inline constexpr CastLoops kLoops{amax<In>, amax_columns<In>, encode<In, E>, encode_each<In, E>, transpose16};
 
+template <class In>
+inline const CastLoops& select_element(int64_t element) {
+    return element == kE4m3 ? kLoops<In, E4m3> : element == kE5m2 ? kLoops<In, E5m2> : kLoops<In, Int8>;
+}
+
 inline const CastLoops& select(int64_t input, int64_t element) {
-    if (input == kFloat32Input) return element == kE4m3 ? kLoops<Float32, E4m3> : kLoops<Float32, E5m2>;
-    if (input == kBfloat16Input) return element == kE4m3 ? kLoops<Bfloat16, E4m3> : kLoops<Bfloat16, E5m2>;
-    return element == kE4m3 ? kLoops<Float16, E4m3> : kLoops<Float16, E5m2>;
+    if (input == kFloat32Input) return select_element<Float32>(element);
+    return input == kBfloat16Input ? select_element<Bfloat16>(element) : select_element<Float16>(element);
 }
 
 }  // namespace aotrain::AOTRAIN_ISA

@@ -7,9 +7,10 @@
 
 namespace aotrain {
 
-// A product of codes to scale in place, all fields 64 bits, as aotrain/kernels/_mm_cpu.py packs them.
+// A product of codes to scale, all fields 64 bits, as aotrain/kernels/_mm_cpu.py packs them.
 struct Product {
-    void* values;  // [rows, columns], float32 or bfloat16
+    void* values;         // [rows, columns], float32 or bfloat16
+    const int32_t* sums;  // what to scale, of the same shape; null: the values, in place
     const float* row_scale;
     const float* column_scale;
     int64_t rows, columns;

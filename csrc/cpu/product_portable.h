@@ -32,17 +32,26 @@ struct Bfloat16 {
 };
 
 // First the row's scale, then the column's, each product rounded.
+template <class Value, class Read>
+inline void scale_row(const Product& p, int64_t row, const Read& read) {
+    auto* x = static_cast<typename Value::Bits*>(p.values) + row * p.columns;
+    const float row_scale = p.row_scale[row * p.row_step], column_scale = *p.column_scale;
+    if (p.column_step) {
+        for (int64_t i = 0; i < p.columns; i++) x[i] = Value::bits(read(i) * row_scale * p.column_scale[i]);
+    } else {
+        for (int64_t i = 0; i < p.columns; i++) x[i] = Value::bits(read(i) * row_scale * column_scale);
+    }
+}
+
 template <class Value>
 inline void scale_rows_of(const Product& p, int64_t first, int64_t last) {
     for (int64_t row = first; row < last; row++) {
-        auto* x = static_cast<typename Value::Bits*>(p.values) + row * p.columns;
-        const float row_scale = p.row_scale[row * p.row_step], column_scale = *p.column_scale;
-        if (p.column_step) {
-            for (int64_t i = 0; i < p.columns; i++)
-                x[i] = Value::bits(Value::value(x[i]) * row_scale * p.column_scale[i]);
-        } else {
-            for (int64_t i = 0; i < p.columns; i++) x[i] = Value::bits(Value::value(x[i]) * row_scale * column_scale);
-        }
+        const auto* x = static_cast<const typename Value::Bits*>(p.values) + row * p.columns;
+        const int32_t* sums = p.sums + row * p.columns;
+        if (p.sums)
+            scale_row<Value>(p, row, [=](int64_t i) { return static_cast<float>(sums[i]); });
+        else
+            scale_row<Value>(p, row, [=](int64_t i) { return Value::value(x[i]); });
     }
 }
 

@@ -1,4 +1,4 @@
-// Quantize a matrix to float8 with one scale per block: bit for bit formats.quantize of aotrain/formats/cast.py.
+// Quantize a matrix to float8 or int8 with one scale per block: bit for bit formats.quantize of aotrain/formats/cast.py.
 //
 // One pass finds the largest magnitude of every block, a second one writes the codes. A matrix whose blocks span few
 // rows is done block by row block, so that the second pass finds its input in the cache. A transposed matrix is encoded
@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #define AOTRAIN_ISA scalar
@@ -145,7 +146,7 @@ class Matrix {
 
     // scales_from_amax of aotrain/formats/scaling.py.
     void find_scales(int64_t grid_row) {
-        const double max = c.element == kE4m3 ? E4m3::kMax : E5m2::kMax;
+        const double max = c.element == kE4m3 ? E4m3::kMax : c.element == kE5m2 ? E5m2::kMax : Int8::kMax;
         bool all_regular = true;
         for (int64_t j = 0; j < grid_columns; j++) {
             const int64_t cell = grid_row * grid_columns + j;

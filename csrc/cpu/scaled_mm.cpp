@@ -54,7 +54,7 @@ void aotrain_decode(const uint8_t* codes, int64_t n, const void* table, int64_t 
     }
 }
 
-// values[i][j] = values[i][j] * row_scale[i] * column_scale[j] in float32, rounded once to the type of the values.
+// values[i][j] = (sums or values)[i][j] * row_scale[i] * column_scale[j] in float32, rounded once to the values' type.
 void aotrain_scale_product(const aotrain::Product* product, int isa, int threads) {
     using namespace aotrain;
     const int64_t each = std::max<int64_t>(1, kUnitElements / std::max<int64_t>(1, product->columns));

@@ -18,6 +18,7 @@ from aotrain.formats import (
     ELEMENT_FORMATS,
     FLOAT8_E4M3,
     FLOAT8_E5M2,
+    INT8,
     ROWWISE,
     SCALE_FORMATS,
     TENSORWISE,
@@ -33,7 +34,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BLOCKS = [TENSORWISE, ROWWISE, COLWISE, BLOCKWISE_1X32, (1, 128), BLOCKWISE_128X128, (3, 5), (1, 1), (40, 16), (-1, 7)]
 SCALINGS = [
     Scaling(element=element, scale=SCALE_FORMATS[scale], block=block)
-    for element in (FLOAT8_E4M3, FLOAT8_E5M2)
+    for element in (FLOAT8_E4M3, FLOAT8_E5M2, INT8)
     for scale in ("float32", "float32_pow2")
     for block in BLOCKS
 ]
@@ -92,14 +93,14 @@ def test_infinities_and_nans_fill_their_block_and_no_other(dtype: torch.dtype, b
     x = torch.randn(70, 140).to(dtype)
     x[3, 5], x[40, 100], x[69, 139] = math.inf, math.nan, -math.nan
     x[20, 33], x[21, 33] = -math.inf, math.nan
-    for element in (FLOAT8_E4M3, FLOAT8_E5M2):
+    for element in (FLOAT8_E4M3, FLOAT8_E5M2, INT8):
         for scale in ("float32", "float32_pow2"):
             scaling = Scaling(element=element, scale=SCALE_FORMATS[scale], block=block)
             assert_quantizes(x, scaling, isa)
             assert_quantizes(x.t(), scaling, isa)
 
 
-@pytest.mark.parametrize("element", [FLOAT8_E4M3, FLOAT8_E5M2], ids=lambda element: element.name)
+@pytest.mark.parametrize("element", [FLOAT8_E4M3, FLOAT8_E5M2, INT8], ids=lambda element: element.name)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_value_of_16_bits(dtype: torch.dtype, element, isa: str):
     patterns = all_bfloat16_values()
@@ -112,7 +113,7 @@ def test_every_value_of_16_bits(dtype: torch.dtype, element, isa: str):
     assert_quantizes(finite, Scaling(element=element), isa)
 
 
-@pytest.mark.parametrize("element", [FLOAT8_E4M3, FLOAT8_E5M2], ids=lambda element: element.name)
+@pytest.mark.parametrize("element", [FLOAT8_E4M3, FLOAT8_E5M2, INT8], ids=lambda element: element.name)
 @pytest.mark.parametrize("power", [-30, -9, -1, 0, 1, 20])
 def test_ties_and_their_neighbours(element, power: int, isa: str):
     """Scaled by a power of two, so that a tie stays one."""
@@ -162,7 +163,8 @@ def test_the_op_takes_the_kernel_where_there_is_one(monkeypatch: pytest.MonkeyPa
         for scale in SCALE_FORMATS.values():
             scaled_cast(x, Scaling(element=element, scale=scale, block=BLOCKWISE_1X32))
     scaled_cast(x[:0], Scaling(element=FLOAT8_E4M3))
-    assert sorted(calls) == [(e, s) for e in ("float8_e4m3fn", "float8_e5m2") for s in ("float32", "float32_pow2")]
+    elements, scales = ("float8_e4m3fn", "float8_e5m2", "int8"), ("float32", "float32_pow2")
+    assert sorted(calls) == [(element, scale) for element in elements for scale in scales]
 
 
 def test_without_the_library_the_definition_runs():

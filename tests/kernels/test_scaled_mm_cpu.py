@@ -70,6 +70,16 @@ def test_scales_every_combination_of_scales(shape: tuple[int, int], dtype: torch
             same(cpu.scale_product(product.clone(), a_scale, b_scale, dtype, isa), want)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (7, 65), (130, 517)], ids=str)
+def test_scales_integer_sums(shape: tuple[int, int], dtype: torch.dtype, isa: str):
+    sums = torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32)
+    rows, columns = (torch.exp(torch.randn(size, 1) * 5) for size in shape)
+    for a_scale in (rows, rows[:1]):
+        for b_scale in (columns, columns[:1]):
+            same(cpu.scale_product(sums, a_scale, b_scale, dtype, isa), torch_product(sums, a_scale, b_scale, dtype))
+
+
 @pytest.mark.parametrize("scale", [1.0, 0.3, 2.0**-120, 1e30, 0.0, math.inf, math.nan])
 def test_scales_every_bfloat16(scale: float, isa: str):
     product = all_bfloat16_values().view(256, 256)
