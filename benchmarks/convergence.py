@@ -61,6 +61,20 @@ SUITES = {
         bounds={"adamw_8bit": 0.5, "adamw_fp8": 0.5, "adamw_4bit": 1.5},
         overrides=_COMMON,
     ),
+    "float8": Suite(
+        job="llama3_debug_bf16_cpu.yaml",
+        steps=500,
+        key="precision.recipe",
+        baseline="null",
+        bounds={
+            "float8_tensorwise": 1.0,
+            "float8_rowwise": 1.0,
+            "float8_rowwise_with_gw_hp": 1.0,
+            "float8_blockwise": 1.0,
+            "int8_rowwise": 1.0,
+        },
+        overrides=_COMMON,
+    ),
 }
 
 
