@@ -10,6 +10,7 @@ from array import array
 import torch
 
 from aotrain.formats import decode_elements as decode_elements_reference
+from aotrain.formats.scaling import Block, expand_blocks
 from aotrain.kernels._native import native_library
 
 # Enum Isa of csrc/cpu/isa.h.
@@ -26,6 +27,8 @@ def library() -> tuple[ctypes.CDLL | None, str | None]:
             *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p),
             *(ctypes.c_int, ctypes.c_int),
         )
+        found.aotrain_scale_blocks.restype = None
+        found.aotrain_scale_blocks.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_int)
         found.aotrain_scale_product.restype = None
         found.aotrain_scale_product.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_int)
     return found, reason
@@ -41,6 +44,31 @@ def decode_elements(data: torch.Tensor, dtype: torch.dtype, isa: str | None = No
     found.aotrain_decode(
         *(data.data_ptr(), data.numel(), table.data_ptr(), table.element_size(), values.data_ptr()),
         *(found.aotrain_scaled_mm_isa() if isa is None else ISAS[isa], torch.get_num_threads()),
+    )
+    return values
+
+
+def dequantize_blocks(
+    data: torch.Tensor, scale: torch.Tensor, block: Block, dtype: torch.dtype, isa: str | None = None
+) -> torch.Tensor:
+    """`decode_elements(data, dtype) * expand_blocks(scale)`, each product rounded once to dtype.
+
+    Args:
+        data: [R, C] float8.
+        scale: [ceil(R / block[0]), ceil(C / block[1])] float32.
+        block: sizes >= 1.
+        dtype: bfloat16 or float32.
+        isa: for tests.
+    """
+    values = decode_elements(data, dtype, isa)
+    found, _ = library()
+    if found is None or values.device.type != "cpu" or not scale.is_contiguous() or values.numel() == 0:
+        return (values.float() * expand_blocks(scale, data.shape, block)).to(dtype)
+    table = array("q", (values.data_ptr(), scale.data_ptr(), *values.shape, *block, dtype == torch.bfloat16))
+    found.aotrain_scale_blocks(
+        table.buffer_info()[0],
+        found.aotrain_scaled_mm_isa() if isa is None else ISAS[isa],
+        torch.get_num_threads(),
     )
     return values
 

@@ -23,9 +23,9 @@ from aotrain.formats import (
     TENSORWISE,
     ScaledTensor,
 )
-from aotrain.formats.scaling import Block, expand_blocks
+from aotrain.formats.scaling import Block
 from aotrain.kernels._library import LIBRARY
-from aotrain.kernels._mm_cpu import decode_elements, scale_product
+from aotrain.kernels._mm_cpu import decode_elements, dequantize_blocks, scale_product
 
 # What cuBLASLt demands of the leading dimensions of float8 operands.
 NATIVE_ALIGNMENT = 16
@@ -148,7 +148,7 @@ def _emulated_blocks(
     # A code of 4 bits times a power of two is exact in bfloat16; times any other scale it needs float32.
     mm_dtype = torch.bfloat16 if out_dtype == torch.bfloat16 and power_of_two else torch.float32
     lhs, rhs = (
-        decode_elements(data, mm_dtype) * expand_blocks(scale, data.shape, block).to(mm_dtype)
+        dequantize_blocks(data, scale, block, mm_dtype)
         for data, scale, block in ((a, a_scale, a_block), (b, b_scale, b_block))
     )
     return (lhs @ rhs.t()).to(out_dtype)

@@ -18,11 +18,20 @@ struct Product {
     int64_t bf16;
 };
 
+// Decoded values to scale in place, with a scale per block.
+struct Blocks {
+    void* values;  // [rows, columns], float32 or bfloat16
+    const float* scale;
+    int64_t rows, columns, block_rows, block_columns;
+    int64_t bf16;
+};
+
 struct ProductLoops {
     // to[i] = table[codes[i]] of 2 or 4 bytes each.
     void (*decode16)(const uint8_t* codes, int64_t n, const void* table, void* to);
     void (*decode32)(const uint8_t* codes, int64_t n, const void* table, void* to);
     void (*scale_rows)(const Product& product, int64_t first, int64_t last);
+    void (*scale_blocks)(const Blocks& blocks, int64_t first, int64_t last);
 };
 
 }  // namespace aotrain

@@ -1,5 +1,5 @@
-// Decoding with AVX-512, 64 codes at a time, by lookups of bytes; included by scaled_mm.cpp. The other loop is the
-// portable one.
+// Decoding with AVX-512, 64 codes at a time, by lookups of bytes; included by scaled_mm.cpp. The other loops are the
+// portable ones.
 #pragma once
 
 #pragma GCC push_options
@@ -74,7 +74,7 @@ void decode32(const uint8_t* codes, int64_t n, const void* table, void* to) {
     }
 }
 
-constexpr ProductLoops kProductLoops{decode16, decode32, avx512_portable::scale_rows};
+constexpr ProductLoops kProductLoops{decode16, decode32, avx512_portable::scale_rows, avx512_portable::scale_blocks};
 
 }  // namespace aotrain::avx512
 

@@ -62,6 +62,26 @@ void scale_rows(const Product& p, int64_t first, int64_t last) {
         scale_rows_of<Float32>(p, first, last);
 }
 
-constexpr ProductLoops kProductLoops{decode<uint16_t>, decode<uint32_t>, scale_rows};
+template <class Value>
+inline void scale_blocks_of(const Blocks& b, int64_t first, int64_t last) {
+    const int64_t per_row = (b.columns + b.block_columns - 1) / b.block_columns;
+    for (int64_t row = first; row < last; row++) {
+        auto* x = static_cast<typename Value::Bits*>(b.values) + row * b.columns;
+        const float* scale = b.scale + row / b.block_rows * per_row;
+        for (int64_t start = 0; start < b.columns; start += b.block_columns, scale++) {
+            const int64_t end = start + b.block_columns < b.columns ? start + b.block_columns : b.columns;
+            for (int64_t i = start; i < end; i++) x[i] = Value::bits(Value::value(x[i]) * *scale);
+        }
+    }
+}
+
+void scale_blocks(const Blocks& b, int64_t first, int64_t last) {
+    if (b.bf16)
+        scale_blocks_of<Bfloat16>(b, first, last);
+    else
+        scale_blocks_of<Float32>(b, first, last);
+}
+
+constexpr ProductLoops kProductLoops{decode<uint16_t>, decode<uint32_t>, scale_rows, scale_blocks};
 
 }  // namespace aotrain::AOTRAIN_ISA

@@ -54,6 +54,16 @@ void aotrain_decode(const uint8_t* codes, int64_t n, const void* table, int64_t 
     }
 }
 
+// values[i][j] = values[i][j] * the scale of its block in float32, rounded once to the type of the values.
+void aotrain_scale_blocks(const aotrain::Blocks* blocks, int isa, int threads) {
+    using namespace aotrain;
+    const int64_t each = std::max<int64_t>(1, kUnitElements / std::max<int64_t>(1, blocks->columns));
+    const int64_t units = (blocks->rows + each - 1) / each;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && units > 1)
+    for (int64_t unit = 0; unit < units; unit++)
+        select(isa).scale_blocks(*blocks, unit * each, std::min(blocks->rows, (unit + 1) * each));
+}
+
 // values[i][j] = (sums or values)[i][j] * row_scale[i] * column_scale[j] in float32, rounded once to the values' type.
 void aotrain_scale_product(const aotrain::Product* product, int isa, int threads) {
     using namespace aotrain;

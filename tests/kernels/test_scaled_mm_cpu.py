@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from aotrain import _build
-from aotrain.formats import ELEMENT_FORMATS, decode_elements
+from aotrain.formats import ELEMENT_FORMATS, decode_elements, scale_shape
+from aotrain.formats.scaling import expand_blocks
 from aotrain.kernels import _mm_cpu as cpu
 from aotrain.testing import all_bfloat16_values, all_codes, assert_bitwise_equal
 
@@ -78,6 +79,17 @@ def test_scales_integer_sums(shape: tuple[int, int], dtype: torch.dtype, isa: st
     for a_scale in (rows, rows[:1]):
         for b_scale in (columns, columns[:1]):
             same(cpu.scale_product(sums, a_scale, b_scale, dtype, isa), torch_product(sums, a_scale, b_scale, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("block", [(1, 128), (128, 128), (1, 32), (3, 50)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (5, 127), (130, 300), (257, 128), (0, 4)], ids=str)
+def test_dequantizes_blocks(shape: tuple[int, int], block: tuple[int, int], dtype: torch.dtype, isa: str):
+    data = all_codes(ELEMENT_FORMATS["float8_e4m3fn"]).view(torch.uint8).repeat(300 * 257 // 256 + 1)
+    data = data[: math.prod(shape)].view(torch.float8_e4m3fn).view(shape)
+    scale = torch.exp(torch.randn(scale_shape(shape, block)) * 30)
+    want = (decode_elements(data, torch.float32) * expand_blocks(scale, data.shape, block)).to(dtype)
+    same(cpu.dequantize_blocks(data, scale, block, dtype, isa), want)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.3, 2.0**-120, 1e30, 0.0, math.inf, math.nan])
