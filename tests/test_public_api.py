@@ -34,6 +34,7 @@ PUBLIC = {
         "auto_filter_for_recipe",
         "conversion_report",
         "convert_to_float8_training",
+        "save_products",
         "unconvert",
     ],
     "aotrain.ops": [

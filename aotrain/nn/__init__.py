@@ -1,5 +1,6 @@
 """Modules and model conversion. A converted model keeps its Parameters, their names and its state_dict."""
 
+from aotrain.nn.checkpointing import save_products
 from aotrain.nn.convert import convert_to_float8_training, unconvert
 from aotrain.nn.filters import auto_filter_for_recipe
 from aotrain.nn.float8_config import (
@@ -26,5 +27,6 @@ __all__ = [
     "auto_filter_for_recipe",
     "conversion_report",
     "convert_to_float8_training",
+    "save_products",
     "unconvert",
 ]

@@ -20,6 +20,7 @@ from aotrain.integrations.config_file import JobError
 from aotrain.integrations.torchtitan import compat
 from aotrain.integrations.torchtitan.batch import BatchSizes, SavedData, batch_sizes
 from aotrain.integrations.torchtitan.checkpoint import CheckedCheckpoints
+from aotrain.integrations.torchtitan.checkpointing import SelectiveProducts
 from aotrain.integrations.torchtitan.data import TextDataLoader
 from aotrain.integrations.torchtitan.fsdp import with_plain_sum
 from aotrain.integrations.torchtitan.job import PretrainJob
@@ -181,5 +182,6 @@ def _checkpoint(job: PretrainJob) -> CheckedCheckpoints.Config:
 
 
 def _activation_checkpoint(job: PretrainJob) -> SelectiveAC.Config | FullAC.Config | None:
-    choices = {"none": None, "selective": SelectiveAC.Config(), "full": FullAC.Config()}
+    selective = SelectiveAC.Config() if job.precision.recipe is None else SelectiveProducts.Config()
+    choices = {"none": None, "selective": selective, "full": FullAC.Config()}
     return choices[job.training.activation_checkpoint]

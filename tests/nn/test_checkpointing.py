@@ -1,0 +1,64 @@
+"""Selective checkpointing of low-precision blocks: the same bits, products computed once, casts twice."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from aotrain.nn import Float8LinearConfig, convert_to_float8_training
+from aotrain.nn.checkpointing import save_products
+from aotrain.recipes import RECIPES
+from aotrain.testing import assert_bitwise_equal
+
+
+class Count(TorchDispatchMode):
+    """Counts operations by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def block(recipe: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(
+        torch.nn.LayerNorm(32), torch.nn.Linear(32, 64), torch.nn.GELU(), torch.nn.Linear(64, 32)
+    ).bfloat16()
+    return convert_to_float8_training(layers, config=Float8LinearConfig.from_recipe_name(recipe))
+
+
+def run(recipe: str, context_fn: Any) -> tuple[list[torch.Tensor], Counter[str]]:
+    layers = block(recipe)
+    x = torch.randn(16, 32, dtype=torch.bfloat16, requires_grad=True)
+    with Count() as count:
+        if context_fn is None:
+            layers(x).square().sum().backward()
+        else:
+            checkpoint(layers, x, use_reentrant=False, context_fn=context_fn).square().sum().backward()
+    return [x.grad, *(param.grad for param in layers.parameters())], count.calls
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_same_gradients_and_no_product_twice(recipe: str, every: int):
+    plain, without = run(recipe, None)
+    kept, calls = run(recipe, save_products(every))
+    for got, want in zip(kept, plain, strict=True):
+        assert_bitwise_equal(got, want)
+    product, cast = "aotrain.scaled_mm.default", "aotrain.scaled_cast.default"
+    # Two products of the forward; every second one is repeated where asked for.
+    assert calls[product] - without[product] == (0 if every == 1 else 1)
+    assert calls[cast] > without[cast]
+    assert calls["aten.gelu.default"] == 2 * without["aten.gelu.default"]
+
+
+def test_a_number_of_products_below_one():
+    with pytest.raises(ValueError, match="got every=0; want 1"):
+        save_products(0)
