@@ -14,7 +14,7 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 def test_python_snippets_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert len(SNIPPETS) == 6
+    assert len(SNIPPETS) == 7
     namespace: dict = {}
     exec(SNIPPETS[0], namespace)
     losses = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
