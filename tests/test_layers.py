@@ -13,14 +13,15 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ALLOWED = {
     "_build": set(),
     "formats": set(),
+    "gpus": set(),
     "recipes": {"formats"},
     "kernels": {"formats", "_build"},
     "ops": {"formats", "recipes", "kernels"},
-    "nn": {"formats", "recipes", "kernels", "ops"},
+    "nn": {"gpus", "formats", "recipes", "kernels", "ops"},
     "optim": {"formats", "kernels"},
     "testing": {"formats"},
-    "integrations": {"formats", "recipes", "kernels", "ops", "nn", "optim"},
-    "cli": {"formats", "recipes", "kernels", "ops", "nn", "optim", "integrations"},
+    "integrations": {"gpus", "formats", "recipes", "kernels", "ops", "nn", "optim"},
+    "cli": {"gpus", "formats", "recipes", "kernels", "ops", "nn", "optim", "integrations"},
 }
 # Packages that only one folder may import.
 CONFINED = {

@@ -70,6 +70,11 @@ def _cuda(
     return data.view(x_hp.shape), row_scale.view(scale_shape(x_hp.shape, block))
 
 
+def cast_kernel_gap(scaling: Scaling) -> str | None:
+    """What keeps a cast to this format from being one fused kernel on a GPU; None when it is one."""
+    return _kernel_gap(scaling.element.name, scaling.scale.name, scaling.block)
+
+
 def _kernel_gap(element: str, scale: str, block: tuple[int, int]) -> str | None:
     """What of this scaling the kernel does not do; None when it does all of it."""
     if block != ROWWISE:

@@ -100,9 +100,21 @@ def native_scaled_mm_problem(device: torch.device, block: Block) -> str | None:
 
 @functools.lru_cache(maxsize=64)
 def _cuda_problem(index: int, block: Block) -> str | None:
-    name, capability = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
-    if torch.version.hip is not None:
-        if block in _ROW_BLOCKS and "gfx94" in torch.cuda.get_device_properties(index).gcnArchName:
+    gfx = torch.cuda.get_device_properties(index).gcnArchName if torch.version.hip is not None else ""
+    return float8_problem(torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index), gfx, block)
+
+
+def float8_problem(name: str, capability: tuple[int, int], gfx: str, block: Block) -> str | None:
+    """Why a GPU cannot run float8 products with such scales natively; None when it can.
+
+    Args:
+        name: of the GPU, for the message.
+        capability: CUDA compute capability; any for AMD.
+        gfx: AMD architecture, empty for NVIDIA.
+        block: scale block of the operands.
+    """
+    if gfx:
+        if block in _ROW_BLOCKS and "gfx94" in gfx:
             return None
         return f"{name} is not an MI300-class GPU" if block in _ROW_BLOCKS else f"{name} has none for blocks of {block}"
     if block in _K_BLOCKS:
