@@ -27,6 +27,8 @@ PUBLIC = {
         "Float8Linear",
         "Float8LinearConfig",
         "Float8LinearRecipeName",
+        "Plan",
+        "PlanRow",
         "Report",
         "ReportRow",
         "ScalingGranularity",
@@ -34,6 +36,7 @@ PUBLIC = {
         "auto_filter_for_recipe",
         "conversion_report",
         "convert_to_float8_training",
+        "make_plan",
         "save_products",
         "unconvert",
     ],
@@ -60,7 +63,13 @@ PUBLIC = {
         "precision_groups",
     ],
     "aotrain.integrations.huggingface": ["convert_trainer_checkpoint", "optimizer_cls_and_kwargs"],
-    "aotrain.kernels": ["native_scaled_mm_problem", "scaled_cast", "scaled_mm"],
+    "aotrain.kernels": [
+        "cast_kernel_gap",
+        "float8_problem",
+        "native_scaled_mm_problem",
+        "scaled_cast",
+        "scaled_mm",
+    ],
 }
 
 

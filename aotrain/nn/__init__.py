@@ -12,6 +12,7 @@ from aotrain.nn.float8_config import (
     ScalingType,
 )
 from aotrain.nn.float8_linear import Float8Linear
+from aotrain.nn.plan import Plan, PlanRow, make_plan
 from aotrain.nn.report import Report, ReportRow, conversion_report
 
 __all__ = [
@@ -20,6 +21,8 @@ __all__ = [
     "Float8Linear",
     "Float8LinearConfig",
     "Float8LinearRecipeName",
+    "Plan",
+    "PlanRow",
     "Report",
     "ReportRow",
     "ScalingGranularity",
@@ -27,6 +30,7 @@ __all__ = [
     "auto_filter_for_recipe",
     "conversion_report",
     "convert_to_float8_training",
+    "make_plan",
     "save_products",
     "unconvert",
 ]
