@@ -29,8 +29,8 @@ def test_h100_gains_are_near_the_published_ones(m, k, n, published):
     assert layer_gain(n, k, m, RECIPES["float8_tensorwise"], H100) == pytest.approx(published, rel=0.05)
 
 
-# Of the whole step, 8192 tokens per GPU. H100: torchao's float8 README; its tensorwise run also
-# gathers weights in float8. A100: torchtitan issue 578. The model is fitted to the last; for H100 it is to be on the careful side.
+# Of the whole step, 8192 tokens per GPU. H100: torchao's float8 README; its tensorwise run also gathers weights in
+# float8, so the plan is to stay below it. A100: torchtitan issue 578, which int8 is fitted to.
 @pytest.mark.parametrize(
     ("gpu", "recipe", "published", "least"),
     [
