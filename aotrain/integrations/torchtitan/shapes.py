@@ -1,0 +1,78 @@
+"""Linear layers of torchtitan's models, from their config trees: nothing is built.
+
+Names are checked without importing torchtitan or torch: families are folders of the package, sizes the keys of the
+table in their source.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torchtitan.protocols.model_spec import ModelSpec
+
+# Our own model; torchtitan's sizes are written in any case.
+_DEBUG = "debug"
+
+
+def families() -> dict[str, tuple[str, ...]]:
+    """Sizes of each model family that the installed torchtitan has.
+
+    Raises:
+        ImportError: torchtitan is not installed.
+    """
+    spec = importlib.util.find_spec("torchtitan")
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError("no torchtitan; pip install 'aotrain[titan]'")
+    models = Path(spec.submodule_search_locations[0]) / "models"
+    found = {path.parent.name: _sizes(path) for path in sorted(models.glob("*/__init__.py"))}
+    found["llama3"] = (_DEBUG, *found.get("llama3", ()))
+    return {family: sizes for family, sizes in found.items() if sizes}
+
+
+def linear_shapes(family: str, size: str) -> list[tuple[str, int, int]]:
+    """(name, N, K) of every plain linear layer; those with a computation of their own are never converted.
+
+    Raises:
+        ValueError: the family needs a package that is not installed.
+    """
+    from aotrain.integrations.torchtitan import compat
+
+    compat.install()
+    from torchtitan.models.common.linear import Linear
+
+    return [
+        (fqn, linear.out_features, linear.in_features)
+        for fqn, linear, _, _ in _spec(family, size).model.traverse(Linear.Config)
+        if type(linear) is Linear.Config
+    ]
+
+
+def _spec(family: str, size: str) -> ModelSpec:
+    from aotrain.integrations.torchtitan.models import llama3_spec
+
+    if (family, size) == ("llama3", _DEBUG):
+        return llama3_spec(size, "sdpa")
+    try:
+        return importlib.import_module(f"torchtitan.models.{family}").model_registry(size)
+    except ImportError as error:
+        raise ValueError(f"model {family}/{size}: torchtitan's {family} cannot be loaded: {error}") from error
+
+
+def _sizes(source: Path) -> tuple[str, ...]:
+    """String keys of the module's `..._configs = {...}`, if it can be asked for a size."""
+    tree = ast.parse(source.read_text(encoding="utf-8"))
+    if not any(isinstance(node, ast.FunctionDef) and node.name == "model_registry" for node in tree.body):
+        return ()
+    for node in tree.body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        if not isinstance(target, ast.Name) or not target.id.endswith("_configs"):
+            continue
+        if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Dict):
+            keys = [key.value for key in node.value.keys if isinstance(key, ast.Constant)]
+            return tuple(key for key in keys if isinstance(key, str))
+    return ()
