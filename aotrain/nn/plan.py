@@ -38,7 +38,8 @@ Shape = tuple[str, int, int]
 # Layers whose input is split by tensor parallelism, by the last part of their name; the output of all others is.
 _ROW_PARALLEL = {"wo", "w2", "o_proj", "out_proj", "down_proj", "c_proj", "fc2", "dense_4h_to_h", "proj_out"}
 # Layers that every rank holds whole: routers, and the down-projections of latent attention.
-_REPLICATED = {"gate", "router", "wq_a", "wkv_a", "q_a_proj", "kv_a_proj_with_mqa"}
+_ROUTERS = {"gate", "router"}
+_REPLICATED = {*_ROUTERS, "wq_a", "wkv_a", "q_a_proj", "kv_a_proj_with_mqa"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,14 +230,19 @@ def make_plan(
         other_seconds=other,
         problem=problem,
         alternatives=alternatives,
-        notes=() if problem else tuple(times.notes(RECIPES[name])),
+        notes=() if problem else (*_routing(shapes), *times.notes(RECIPES[name])),
     )
 
 
-def times_for(gpu: str | None) -> Times:
-    """The named GPU's data sheet; without a name the local GPU, measured, or else the default GPU's data sheet."""
+def times_for(gpu: str | None, *, refresh: bool = False) -> Times:
+    """The named GPU's data sheet; without a name the local GPU, measured, or else the default GPU's data sheet.
+
+    Args:
+        gpu: a name of `aotrain.gpus.GPUS`, or None.
+        refresh: measure again what the local GPU's file has.
+    """
     if gpu is None and torch.cuda.is_available():
-        return Measured(torch.device("cuda", torch.cuda.current_device()))
+        return Measured(torch.device("cuda", torch.cuda.current_device()), refresh=refresh)
     return Roofline(find_gpu(gpu or DEFAULT_GPU))
 
 
@@ -307,6 +313,12 @@ def _check(shapes: Sequence[Shape], tokens: int, tp: int, skip: Sequence[str], o
         if not any(matches_skip(fqn, pattern) for fqn, _, _ in shapes):
             names = ", ".join(fqn for fqn, _, _ in shapes[:6])
             raise ValueError(f"skip: {pattern!r} matches no linear layer; the model has {names}, ...")
+
+
+def _routing(shapes: Sequence[Shape]) -> list[str]:
+    if not any(fqn.rpartition(".")[2] in _ROUTERS for fqn, _, _ in shapes):
+        return []
+    return ["the model routes tokens to experts, whose products are not part of this plan"]
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -122,6 +122,11 @@ def test_casts_without_a_kernel_are_named():
     assert plan.advice() == Roofline(GPUS["A100"]).notes(RECIPES["int8_rowwise"])
 
 
+def test_experts_are_left_out_and_the_plan_says_so():
+    plan = make_plan([*SMALL_AND_LARGE, ("layers.0.moe.router.gate", 128, 2048)], "rowwise", tokens=16384, gpu="H100")
+    assert "not part of this plan" in plan.advice()[0]
+
+
 def test_quantized_inputs_save_a_cast_where_codes_can_be_transposed():
     plans = [
         make_plan(LLAMA3_8B, "float8_tensorwise", tokens=8192, gpu="H100", save_for_backward=save)
