@@ -17,7 +17,9 @@ def aotrain(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
 
 
-@pytest.mark.parametrize("command", [[], ["pretrain"], ["curves"]], ids=["aotrain", "pretrain", "curves"])
+@pytest.mark.parametrize(
+    "command", [[], ["pretrain"], ["plan"], ["curves"]], ids=["aotrain", "pretrain", "plan", "curves"]
+)
 def test_help(command: list[str]):
     result = aotrain(*command, "--help")
     assert result.returncode == 0
