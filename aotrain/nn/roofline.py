@@ -1,14 +1,16 @@
 """How long products and casts take on a GPU: a model from its data sheet, with efficiency factors.
 
-    product   flops / (peak * efficiency) * (1 + FILL / contracted) or its bytes / bandwidth, whichever is longer,
+    product   flops / (peak * efficiency) * (1 + fill / contracted) or its bytes / bandwidth, whichever is longer,
               plus a fixed time
     cast      bytes / bandwidth plus a launch per pass
 
 This is a model, not a measurement. Its factors were fitted, all together, to what is published about float8 linear
-layers on H100 (docs/plan.md lists the facts and how far each is missed), and carried over to the other GPUs. It takes
-every cast as a fused kernel and the scaling of int8 products as one pass; `aotrain.nn.measure` times what is there.
+layers on H100 (docs/plan.md and benchmarks/roofline.py list the facts and how far each is missed), and carried over to
+the other GPUs. It takes every cast as a fused kernel and the scaling of int8 products as one pass;
+`aotrain.nn.measure` times what is there.
 """
 
+from dataclasses import dataclass
 from typing import Protocol
 
 from aotrain.formats import BLOCKWISE_1X128, INT8, ROWWISE, TENSORWISE, Scaling
@@ -18,25 +20,32 @@ from aotrain.kernels.scaled_mm import NATIVE_ALIGNMENT
 from aotrain.nn.linear_work import Cast, Gemm, gemm_block
 from aotrain.recipes import LinearRecipe
 
-# Part of the peak that a product of unlimited size reaches.
-BF16_EFFICIENCY = 0.68
-FLOAT8_EFFICIENCY = 0.84
-INT8_EFFICIENCY = 0.62  # fitted to torchtitan issue 578: a step 20 % faster on 8 A100
-# Without fast accumulation partial sums are promoted to float32 registers; products with more than one scale per tensor
-# run another kernel than those with one (fitted for row scales; assumed for scales per 128 elements).
-SLOW_ACCUMULATION = 0.73
-ROW_SCALES = 0.72
-# Filling and draining a tile's pipeline takes as long as this many bfloat16 elements of the contracted dimension (twice
-# as many 8-bit ones, which are computed in half the time).
-FILL = 1000
-# Part of the data sheet's bandwidth that a pass over a large tensor reaches.
-BANDWIDTH_EFFICIENCY = 0.92
-# Seconds: fixed part of a product (launch, first and last wave), and of any other kernel.
-GEMM_FIXED = 1e-5
-KERNEL_FIXED = 1e-6
 # Longest row that the rowwise kernel keeps in registers between maximum and cast; longer ones are read twice, as are
 # the columns of a row-major matrix (aotrain/kernels/triton/scaled_cast.py).
 ONE_PASS_COLUMNS = 16384
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Factors:
+    """How far below its data sheet a GPU stays; fitted with `python -m benchmarks.roofline --fit`, then rounded."""
+
+    # Part of the peak that a product of unlimited size reaches. int8 is fitted to torchtitan issue 578: a step 20 %
+    # faster on 8 A100.
+    bf16: float = 0.68
+    float8: float = 0.84
+    int8: float = 0.62
+    # Without fast accumulation partial sums are promoted to float32 registers; products with more than one scale per
+    # tensor run another kernel than those with one (fitted for row scales; assumed for scales per 128 elements).
+    slow_accumulation: float = 0.73
+    row_scales: float = 0.72
+    # Filling and draining a tile's pipeline takes as long as this many bfloat16 elements of the contracted dimension
+    # (twice as many 8-bit ones, which are computed in half the time).
+    fill: float = 1000.0
+    # Part of the bandwidth that a pass over a large tensor reaches; that of torchao's roofline script.
+    bandwidth: float = 0.92
+    # Seconds: fixed part of a product (launch, first and last wave), and of any other kernel.
+    gemm_fixed: float = 1e-5
+    kernel_fixed: float = 1e-6
 
 
 class Times(Protocol):
@@ -67,31 +76,33 @@ class Times(Protocol):
 class Roofline:
     """`Times` from a row of `aotrain.gpus.GPUS`."""
 
-    def __init__(self, gpu: Gpu) -> None:
+    def __init__(self, gpu: Gpu, factors: Factors | None = None) -> None:
         self.gpu = gpu
+        self.factors = Factors() if factors is None else factors
 
     @property
     def label(self) -> str:
         return f"{self.gpu.name}, modelled from its data sheet"
 
     def gemm(self, gemm: Gemm) -> float:
+        factors = self.factors
         flops = 2.0 * gemm.rows * gemm.columns * gemm.contracted
         eight_bit = gemm.recipe.quantized
-        fill = 1 + FILL * (2 if eight_bit else 1) / gemm.contracted
+        fill = 1 + factors.fill * (2 if eight_bit else 1) / gemm.contracted
         moved = (gemm.rows + gemm.columns) * gemm.contracted * (1 if eight_bit else 2) + gemm.rows * gemm.columns * 2
-        seconds = max(flops / self._rate(gemm) * fill, self._move(moved)) + GEMM_FIXED
+        seconds = max(flops / self._rate(gemm) * fill, self._move(moved)) + factors.gemm_fixed
         if eight_bit and gemm.recipe.lhs is not None and gemm.recipe.lhs.element == INT8:
             # The int32 product is read again to be scaled, and was written with 4 bytes.
-            seconds += self._move(gemm.rows * gemm.columns * 6) + KERNEL_FIXED
+            seconds += self._move(gemm.rows * gemm.columns * 6) + self.factors.kernel_fixed
         return seconds + self._padding(gemm)
 
     def cast(self, cast: Cast) -> float:
         size = cast.rows * cast.columns
         if cast.scaling is None:
-            return self._move(2 * size) + KERNEL_FIXED
+            return self._move(2 * size) + self.factors.kernel_fixed
         if cast.scaling.block == TENSORWISE:  # maximum, then cast
-            return self._move(2 * size + 3 * size) + 2 * KERNEL_FIXED
-        return self._move(_bytes_per_element(cast, cast.scaling) * size) + KERNEL_FIXED
+            return self._move(2 * size + 3 * size) + 2 * self.factors.kernel_fixed
+        return self._move(_bytes_per_element(cast, cast.scaling) * size) + self.factors.kernel_fixed
 
     def problem(self, recipe: LinearRecipe) -> str | None:
         gpu = self.gpu
@@ -116,27 +127,27 @@ class Roofline:
         multiple = 8 if gemm.recipe.lhs.element == INT8 else NATIVE_ALIGNMENT
         seconds = 0.0
         if gemm.contracted % multiple:
-            seconds += self._move(2 * gemm.rows * gemm.contracted) + KERNEL_FIXED
+            seconds += self._move(2 * gemm.rows * gemm.contracted) + self.factors.kernel_fixed
         if gemm.contracted % multiple or gemm.columns % multiple:
-            seconds += self._move(2 * gemm.columns * gemm.contracted) + KERNEL_FIXED
+            seconds += self._move(2 * gemm.columns * gemm.contracted) + self.factors.kernel_fixed
         if gemm.columns % multiple:
-            seconds += self._move(4 * gemm.rows * gemm.columns) + KERNEL_FIXED
+            seconds += self._move(4 * gemm.rows * gemm.columns) + self.factors.kernel_fixed
         return seconds
 
     def _rate(self, gemm: Gemm) -> float:
         """Operations per second of a product with an endless contracted dimension."""
-        recipe = gemm.recipe
+        recipe, factors = gemm.recipe, self.factors
         if recipe.lhs is None:
-            return self.gpu.bf16 * 1e12 * BF16_EFFICIENCY
+            return self.gpu.bf16 * 1e12 * factors.bf16
         if recipe.lhs.element == INT8:
-            return self.gpu.int8 * 1e12 * INT8_EFFICIENCY
-        rate = self.gpu.float8 * 1e12 * FLOAT8_EFFICIENCY
+            return self.gpu.int8 * 1e12 * factors.int8
+        rate = self.gpu.float8 * 1e12 * factors.float8
         if not recipe.fast_accum:
-            rate *= SLOW_ACCUMULATION
-        return rate if gemm_block(recipe) == TENSORWISE else rate * ROW_SCALES
+            rate *= factors.slow_accumulation
+        return rate if gemm_block(recipe) == TENSORWISE else rate * factors.row_scales
 
     def _move(self, size: float) -> float:
-        return size / (self.gpu.bandwidth * 1e12 * BANDWIDTH_EFFICIENCY)
+        return size / (self.gpu.bandwidth * 1e12 * self.factors.bandwidth)
 
 
 def _bytes_per_element(cast: Cast, scaling: Scaling) -> int:

@@ -5,28 +5,36 @@ import itertools
 import pytest
 
 from aotrain.gpus import GPUS, find_gpu
-from aotrain.nn.filters import PUBLISHED_TOKENS, PUBLISHED_TOO_SMALL
 from aotrain.nn.linear_work import Cast, Gemm, linear_casts
 from aotrain.nn.plan import MIN_GAIN, layer_gain, make_plan
-from aotrain.nn.roofline import Roofline
+from aotrain.nn.roofline import Factors, Roofline
 from aotrain.recipes import HIGH_PRECISION, RECIPES
+from benchmarks import roofline as benchmark
+from benchmarks.roofline import SIZES, filter_gains, layer_gains
 from tests.nn.models import LLAMA3_8B
 
-SIZES = (1024, 2048, 4096, 8192, 16384)
 H100 = Roofline(GPUS["H100"])
 
 
-@pytest.mark.parametrize("recipe", PUBLISHED_TOO_SMALL)
-def test_h100_converts_and_keeps_the_published_sizes(recipe):
-    for n, k in itertools.product(SIZES, SIZES):
-        gain = layer_gain(n, k, PUBLISHED_TOKENS, RECIPES[recipe], H100)
-        assert (gain < MIN_GAIN) == PUBLISHED_TOO_SMALL[recipe](n, k), f"N={n} K={k}: x{gain:.3f}"
+def test_h100_converts_and_keeps_the_published_sizes():
+    facts = list(filter_gains(H100))
+    assert len(facts) == 50
+    for recipe, n, k, gain, too_small in facts:
+        assert (gain < MIN_GAIN) == too_small, f"{recipe} N={n} K={k}: x{gain:.3f}"
 
 
-# torchao's float8 README, "tensorwise" on H100, compiled: x0.80 and x1.39.
-@pytest.mark.parametrize(("m", "k", "n", "published"), [(1024, 2048, 1024, 0.80), (4096, 8192, 16384, 1.39)])
-def test_h100_gains_are_near_the_published_ones(m, k, n, published):
-    assert layer_gain(n, k, m, RECIPES["float8_tensorwise"], H100) == pytest.approx(published, rel=0.05)
+def test_h100_gains_are_near_the_published_ones():
+    assert [published for _, _, published in layer_gains(H100)] == [0.80, 1.39]
+    for size, modelled, published in layer_gains(H100):
+        assert modelled == pytest.approx(published, rel=0.05), size
+
+
+def test_the_search_for_factors_ends_no_farther_from_the_facts(monkeypatch):
+    monkeypatch.setattr(benchmark, "_TRIES", 20)
+    found = benchmark.fit(0)
+    assert benchmark.miss(found) <= benchmark.miss(Factors()) < 0.1
+    assert "WRONG SIDE" not in benchmark.report(Factors())
+    assert "WRONG SIDE" in benchmark.report(Factors(row_scales=1.0))
 
 
 # Of the whole step, 8192 tokens per GPU. H100: torchao's float8 README; its tensorwise run also gathers weights in
