@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torchtitan.components.quantization import QuantizationConverter
@@ -18,6 +17,7 @@ from torchtitan.protocols.module import Module
 
 from aotrain.integrations.torchtitan.linear import float8_linear_config
 from aotrain.nn import Report, ReportRow
+from aotrain.nn.skips import matches_skip
 from aotrain.recipes import get_recipe
 
 log = logging.getLogger("aotrain.pretrain")
@@ -52,7 +52,7 @@ class Float8Converter(QuantizationConverter):
         rows = []
         unused = set(self.config.skip)
         for fqn, linear, parent, attr in list(model_config.traverse(Linear.Config)):
-            hits = [pattern for pattern in self.config.skip if _matches(fqn, pattern)]
+            hits = [pattern for pattern in self.config.skip if matches_skip(fqn, pattern)]
             unused.difference_update(hits)
             if hits:
                 rows.append(ReportRow(fqn, "skipped", f"matches skip {hits[0]!r}"))
@@ -67,10 +67,6 @@ class Float8Converter(QuantizationConverter):
         log.info("%s", self.report.summary())
         log.debug("%s", self.report)
         return model_config
-
-
-def _matches(fqn: str, pattern: str) -> bool:
-    return pattern in fqn or fnmatchcase(fqn, pattern)
 
 
 def _put(parent: Any, attr: Any, new: Linear.Config) -> None:
