@@ -102,6 +102,7 @@ def _make(
 ) -> Plan:
     """The plan; the first thing here that needs torch."""
     from aotrain.nn import make_plan
+    from aotrain.nn.measure import Measured
     from aotrain.nn.plan import times_for
     from aotrain.nn.skips import matches_skip
 
@@ -109,12 +110,15 @@ def _make(
     if not skip:
         named = (entry for entry in target.skip if any(matches_skip(fqn, entry) for fqn, _, _ in shapes))
         skip = target.skip if target.skip_is_given else tuple(named)
+    times = times_for(gpu, refresh=remeasure)
+    if isinstance(times, Measured):
+        print(f"{times.label}; times are kept in {times.path}", file=sys.stderr)
     return make_plan(
         shapes,
         recipe or target.recipe,
         tokens=tokens or target.tokens,
         tp=tp or target.tp,
-        times=times_for(gpu, refresh=remeasure),
+        times=times,
         skip=skip,
         other_share=other_share,
     )

@@ -27,8 +27,8 @@ from aotrain.recipes import LinearRecipe
 
 logger = logging.getLogger(__name__)
 
-# Elements of the matrices of one measurement; beyond, time grows in proportion. 2^29 are 1 GiB in bfloat16.
-MAX_ELEMENTS = 2**29
+# Elements of the matrices of one measurement; beyond, time grows in proportion. 2^28 are 512 MiB in bfloat16.
+MAX_ELEMENTS = 2**28
 _REPEATS = 10
 _WARMUP = 3
 # More than the L2 cache of any current GPU.

@@ -57,6 +57,32 @@ def test_a_folder_with_a_hugging_face_config(capsys, tmp_path):
     assert "not a model that transformers knows" in capsys.readouterr().err
 
 
+def test_a_model_without_a_language_head(capsys, tmp_path):
+    config = {"model_type": "vit", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_attention_heads": 4}))
+    assert plan(str(tmp_path), gpu="H100") == 0
+    captured = capsys.readouterr()
+    assert "keep" in captured.out
+    assert "less than 3 %" in captured.err
+
+
+def test_times_of_the_local_gpu_are_measured_and_kept(capsys, tmp_path, monkeypatch):
+    import torch
+
+    import aotrain.nn.plan
+    from aotrain.nn.measure import Measured
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(
+        aotrain.nn.plan, "times_for", lambda gpu, refresh: Measured(torch.device("cpu"), refresh=refresh)
+    )
+    for remeasure in (False, True):
+        assert plan("llama3/debug", tokens=16, remeasure=remeasure) == 0
+        captured = capsys.readouterr()
+        assert "CPU, measured" in captured.out
+        assert f"times are kept in {tmp_path}" in captured.err
+
+
 def test_a_config_json_without_transformers_says_what_to_install(capsys, tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text("{}")
     monkeypatch.setitem(sys.modules, "transformers", None)

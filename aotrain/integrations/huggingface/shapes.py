@@ -27,6 +27,9 @@ def linear_shapes(folder: Path) -> list[tuple[str, int, int]]:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{folder / 'config.json'}: not a model that transformers knows: {error}") from error
-    auto = AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModel
     with torch.device("meta"):
-        return linear_shapes(auto.from_config(config, trust_remote_code=False))
+        try:
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        except ValueError:  # not a causal language model
+            model = AutoModel.from_config(config, trust_remote_code=False)
+    return linear_shapes(model)

@@ -1,6 +1,6 @@
 """Names and linear layers of torchtitan's models, read from its source and its config trees."""
 
-import importlib
+import importlib.util
 import subprocess
 import sys
 
@@ -36,6 +36,12 @@ def test_a_family_that_lacks_a_package_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchtitan.models.qwen3", None)
     with pytest.raises(ValueError, match=r"qwen3/8B: torchtitan's qwen3 cannot be loaded"):
         linear_shapes("qwen3", "8B")
+
+
+def test_without_torchtitan_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install 'aotrain\[titan\]'"):
+        families()
 
 
 def test_shapes_of_llama():
