@@ -26,6 +26,7 @@ def quantize(
     scaling: Scaling,
     *,
     scale: torch.Tensor | None = None,
+    amax: torch.Tensor | None = None,
     noise: torch.Tensor | None = None,
 ) -> ScaledTensor:
     """Scale, saturate and round a tensor: data = round(clamp(fp32(x) * inv_scale)).
@@ -35,19 +36,28 @@ def quantize(
         scaling: target format and block shape.
         scale: scales to use instead of those of x's own blocks, in `scaling.scale.dtype` and the shape
             `scale_shape(x.shape, scaling.block)`.
+        amax: float32 of that shape: largest magnitudes to take the scales from instead of those of x's own blocks, for
+            an x that is a part of a larger tensor. The codes are then those of the larger tensor.
         noise: integers in [0, 2^16) of x's shape, required for stochastic rounding and unused otherwise.
 
     Raises:
         TypeError: x is not a floating-point tensor of at most 32 bits.
-        ValueError: x has fewer than 2 dimensions, or a given scale has the wrong shape or dtype, or noise is missing.
+        ValueError: x has fewer than 2 dimensions, or a given scale or amax has the wrong shape or dtype or both are
+            given, or noise is missing.
     """
     if x_hp.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"quantize got {x_hp.dtype}; want float32, bfloat16 or float16: cast the tensor first.")
     x = x_hp.float()
+    if scale is not None and amax is not None:
+        raise ValueError("quantize got both a scale and an amax; the scale follows from the amax: give one of them.")
     if scale is None:
-        scale, inv_scale = scales_from_amax(block_amax(x, scaling.block), scaling)
+        if amax is None:
+            amax = block_amax(x, scaling.block)
+        else:
+            _check_given("amax", amax, x_hp, scaling, torch.float32)
+        scale, inv_scale = scales_from_amax(amax, scaling)
     else:
-        _check_scale(scale, x_hp, scaling)
+        _check_given("scale", scale, x_hp, scaling, scaling.scale.dtype)
         inv_scale = scale_to_float(scale).reciprocal()
     scaled = x * expand_blocks(inv_scale, x.shape, scaling.block)
     if scaling.rounding == "nearest":
@@ -68,10 +78,10 @@ def fake_quantize(x_hp: torch.Tensor, scaling: Scaling, *, noise: torch.Tensor |
     return dequantize(quantize(x_hp, scaling, noise=noise), x_hp.dtype)
 
 
-def _check_scale(scale: torch.Tensor, x_hp: torch.Tensor, scaling: Scaling) -> None:
+def _check_given(name: str, given: torch.Tensor, x_hp: torch.Tensor, scaling: Scaling, dtype: torch.dtype) -> None:
     want = scale_shape(x_hp.shape, scaling.block)
-    if tuple(scale.shape) != want or scale.dtype != scaling.scale.dtype:
+    if tuple(given.shape) != want or given.dtype != dtype:
         raise ValueError(
-            f"quantize got a scale of shape {tuple(scale.shape)} and dtype {scale.dtype} for a tensor of shape "
-            f"{tuple(x_hp.shape)}; want shape {want} and dtype {scaling.scale.dtype} for blocks of {scaling.block}."
+            f"quantize got {name} of shape {tuple(given.shape)} and dtype {given.dtype} for a tensor of shape "
+            f"{tuple(x_hp.shape)}; want shape {want} and dtype {dtype} for blocks of {scaling.block}."
         )

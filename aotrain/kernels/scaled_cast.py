@@ -20,18 +20,24 @@ LIBRARY.define(
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def scaled_cast(x_hp: torch.Tensor, scaling: Scaling) -> ScaledTensor:
-    """Quantize with the scales of x's own blocks, rounding to nearest.
+def scaled_cast(x_hp: torch.Tensor, scaling: Scaling, *, amax: torch.Tensor | None = None) -> ScaledTensor:
+    """Quantize, rounding to nearest.
 
     Args:
         x_hp: [..., rows, columns], float32, bfloat16 or float16, any strides.
         scaling: target format and block shape; its rounding must be "nearest".
+        amax: float32 `scale_shape(x.shape, block)`, the largest magnitudes that the scales come from, where x is a part
+            of a larger matrix; by default those of x's own blocks.
 
     Returns:
         ScaledTensor with contiguous data [..., rows, columns] and scale `scale_shape(x.shape, block)`.
     """
     if scaling.rounding != "nearest":
         raise ValueError("scaled_cast rounds to nearest; use formats.quantize with noise for stochastic rounding.")
+    if amax is not None:
+        if x_hp.is_cuda:
+            warn_slow("scaled_cast", "there is no kernel for a given amax yet")
+        return quantize(x_hp.contiguous(), scaling, amax=amax)
     data, scale = torch.ops.aotrain.scaled_cast(x_hp, scaling.element.name, scaling.scale.name, *scaling.block)
     return ScaledTensor(data, scale, scaling)
 

@@ -130,3 +130,16 @@ def test_bad_arguments_say_what_to_do():
         quantize(torch.ones(4, 4), scaling, scale=torch.ones(1, 1))
     with pytest.raises(ValueError, match="dtype"):
         quantize(torch.ones(4, 4), scaling, scale=torch.ones(4, 1, dtype=torch.float64))
+
+
+def test_a_given_amax_replaces_that_of_the_blocks_and_is_checked():
+    x = torch.randn(6, 8)
+    scaling = Scaling(element=FLOAT8_E4M3, block=ROWWISE)
+    whole = quantize(torch.cat([x, 2 * x], 1), scaling)
+    part = quantize(x, scaling, amax=2 * x.abs().amax(1, keepdim=True))
+    assert_bitwise_equal(part.data, whole.data[:, :8])
+    assert_bitwise_equal(part.scale, whole.scale)
+    with pytest.raises(ValueError, match=r"amax of shape \(6, 2\).*want shape \(6, 1\)"):
+        quantize(x, scaling, amax=torch.ones(6, 2))
+    with pytest.raises(ValueError, match="give one of them"):
+        quantize(x, scaling, amax=torch.ones(6, 1), scale=torch.ones(6, 1))
