@@ -10,7 +10,7 @@ Every operand is written with the contracted dimension last, so a "rowwise" bloc
 operand as it stands here: in grad_weight that is one scale per output channel of g and per input channel of x.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from aotrain.formats import (
     BLOCKWISE_1X128,
@@ -146,3 +146,8 @@ def recipe_name(name: str) -> str:
 def get_recipe(name: str) -> LinearRecipe:
     """The recipe of that name or alias; ValueError listing the valid names otherwise."""
     return RECIPES[recipe_name(name)]
+
+
+def transposed_scaling(scaling: Scaling) -> Scaling:
+    """The scaling of a matrix whose transposition has the given one: the same with rows and columns exchanged."""
+    return replace(scaling, block=(scaling.block[1], scaling.block[0]))

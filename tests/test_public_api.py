@@ -36,11 +36,13 @@ PUBLIC = {
         "auto_filter_for_recipe",
         "conversion_report",
         "convert_to_float8_training",
+        "precompute_float8_dynamic_scale_for_fsdp",
         "make_plan",
         "save_products",
         "unconvert",
     ],
     "aotrain.ops": [
+        "QuantizedWeight",
         "WeightCasts",
         "cast_weight",
         "check_save_for_backward",

@@ -12,6 +12,7 @@ from aotrain.nn.float8_config import (
     ScalingType,
 )
 from aotrain.nn.float8_linear import Float8Linear
+from aotrain.nn.fsdp_wrap import precompute_float8_dynamic_scale_for_fsdp
 from aotrain.nn.plan import Plan, PlanRow, make_plan
 from aotrain.nn.report import Report, ReportRow, conversion_report
 
@@ -30,6 +31,7 @@ __all__ = [
     "auto_filter_for_recipe",
     "conversion_report",
     "convert_to_float8_training",
+    "precompute_float8_dynamic_scale_for_fsdp",
     "make_plan",
     "save_products",
     "unconvert",

@@ -10,6 +10,7 @@ import torch
 from aotrain.nn.filters import ModuleFilter
 from aotrain.nn.float8_config import Float8LinearConfig
 from aotrain.nn.float8_linear import Float8Linear, clone_as
+from aotrain.nn.fsdp_wrap import unwrap_weights, wrap_weights
 from aotrain.nn.report import Report, ReportRow, attach_report
 from aotrain.recipes import LinearRecipe
 
@@ -24,7 +25,9 @@ def convert_to_float8_training(
 ) -> torch.nn.Module:
     """Convert a model's linear layers to float8 training, in place.
 
-    Parameters keep their identity, names and dtype; convert before or after creating the optimizer. Layers of any
+    Parameters keep their identity, names and dtype; convert before or after creating the optimizer. Only with
+    enable_fsdp_float8_all_gather are weights replaced by parameters of the same memory: convert before `fully_shard`, and
+    create the optimizer after it, as FSDP2 demands anyway. Layers of any
     shape are converted: sizes the hardware cannot take are padded. A layer reachable under several names is converted
     once and stays shared. Subclasses of `nn.Linear` with a forward of their own are left alone. What happened to each
     layer is logged, and kept for `aotrain.nn.conversion_report`.
@@ -48,9 +51,10 @@ def convert_to_float8_training(
     def convert(linear: torch.nn.Linear, fqn: str) -> torch.nn.Linear:
         decision = _decide(linear, fqn, module_filter_fn, config)
         rows.append(ReportRow(fqn, decision.kind, decision.reason))
-        return Float8Linear.from_float(linear, config) if decision.swap else linear
+        return Float8Linear._sharing(linear, config) if decision.swap else linear
 
     module = _swap_linears(module, convert)
+    wrap_weights(module)
     report = Report("float8 training", tuple(rows))
     if not report.converted:
         raise ValueError(_nothing_converted(report))
@@ -83,6 +87,7 @@ def unconvert(module: torch.nn.Module) -> torch.nn.Module:
     module = _swap_linears(module, restore)
     if count == 0:
         raise ValueError("unconvert found no Float8Linear in the model; was it converted?")
+    unwrap_weights(module)
     return module
 
 

@@ -22,6 +22,7 @@ from aotrain.formats import (
     ElementFormat,
     Scaling,
 )
+from aotrain.nn.gathered_weight import planes_of
 from aotrain.ops import check_save_for_backward
 from aotrain.recipes import GemmRecipe, LinearRecipe, recipe_name
 
@@ -123,8 +124,10 @@ class Float8LinearConfig:
         gemm_config_output: accumulation of the output product; fast by default.
         gemm_config_grad_input: accumulation of the grad_input product.
         gemm_config_grad_weight: accumulation of the grad_weight product.
-        enable_fsdp_float8_all_gather: gather float8 bytes instead of high-precision weights under FSDP2. Not
-            implemented yet; True raises.
+        enable_fsdp_float8_all_gather: FSDP2 gathers the codes of weights, one byte per element, instead of their values
+            in the dtype of mixed precision; same result, bit for bit. Recipes whose two uses of the weight have
+            different scales (rowwise) gather one set of codes for forward and one for backward, so they save bytes only
+            where a layer is gathered twice per step (reshard_after_forward=True).
         pad_inner_dim: accepted for compatibility and always in effect: awkward shapes are padded where needed.
         emulate: bfloat16 arithmetic with float8 numerics, for hardware without float8. CPU always emulates.
         force_recompute_fp8_weight_in_bwd: accepted for compatibility, no effect: backward casts are always recomputed.
@@ -136,9 +139,8 @@ class Float8LinearConfig:
             accumulation, evaluation).
 
     Raises:
-        ValueError: operands of one product that cannot be combined, one operand cast to two dtypes, or an unknown
-            `save_for_backward`.
-        NotImplementedError: enable_fsdp_float8_all_gather.
+        ValueError: operands of one product that cannot be combined, one operand cast to two dtypes, an unknown
+            `save_for_backward`, or enable_fsdp_float8_all_gather with a product of the weight in high precision.
     """
 
     cast_config_input: CastConfig = CastConfig()
@@ -159,13 +161,10 @@ class Float8LinearConfig:
     cache_weight_casts: bool = True
 
     def __post_init__(self) -> None:
-        if self.enable_fsdp_float8_all_gather:
-            raise NotImplementedError(
-                "enable_fsdp_float8_all_gather=True is not implemented yet; leave it False: FSDP2 then gathers "
-                "the weights in the mixed-precision dtype and casts them locally, with the same result."
-            )
         check_save_for_backward(self.save_for_backward)
-        self.to_recipe()  # every inconsistency is reported at construction, not in the first forward
+        recipe = self.to_recipe()  # every inconsistency is reported at construction, not in the first forward
+        if self.enable_fsdp_float8_all_gather:
+            planes_of(recipe)
 
     @staticmethod
     def from_recipe_name(name: "Float8LinearRecipeName | str") -> "Float8LinearConfig":

@@ -5,6 +5,8 @@ from typing import Any, Self, TypeVar
 import torch
 
 from aotrain.nn.float8_config import Float8LinearConfig
+from aotrain.nn.fsdp_wrap import plain_tensor, wrap_weights
+from aotrain.nn.gathered_weight import Planes, planes_of
 from aotrain.nn.weight_casts import WeightCastCache
 from aotrain.ops import WeightCasts, cast_weight, scaled_linear
 from aotrain.recipes import GemmRecipe, LinearRecipe
@@ -30,18 +32,30 @@ class Float8Linear(torch.nn.Linear):
     emulate: bool
     save_for_backward: str
     weight_casts: WeightCasts
+    # What FSDP2 gathers; None: the weight in high precision.
+    fsdp_planes: Planes | None
 
     def __init__(
         self, *args: Any, config: Float8LinearConfig | LinearRecipe, emulate: bool | None = None, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
         self._set_config(config, emulate)
+        wrap_weights(self)
 
     @classmethod
     def from_float(cls, mod: torch.nn.Linear, config: Float8LinearConfig | LinearRecipe | None = None) -> Self:
-        """A Float8Linear with the same Parameter objects, hooks, buffers and training flag as `mod`."""
+        """A Float8Linear with the same Parameter objects, hooks, buffers and training flag as `mod`.
+
+        With enable_fsdp_float8_all_gather the weight is a new Parameter of the same memory.
+        """
+        new = cls._sharing(mod, Float8LinearConfig() if config is None else config)
+        wrap_weights(new)
+        return new
+
+    @classmethod
+    def _sharing(cls, mod: torch.nn.Linear, config: Float8LinearConfig | LinearRecipe) -> Self:
         new = clone_as(mod, cls)
-        new._set_config(Float8LinearConfig() if config is None else config, None)
+        new._set_config(config, None)
         return new
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -71,6 +85,22 @@ class Float8Linear(torch.nn.Linear):
         self.emulate = settings.emulate if emulate is None else emulate
         self.save_for_backward = settings.save_for_backward
         self.weight_casts = WeightCastCache() if settings.cache_weight_casts else cast_weight
+        self.fsdp_planes = planes_of(self.recipe) if settings.enable_fsdp_float8_all_gather else None
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not keep_vars:
+            destination[f"{prefix}weight"] = plain_tensor(destination[f"{prefix}weight"])
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.fsdp_planes is not None:  # load_state_dict(assign=True) brings ordinary parameters
+            wrap_weights(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.fsdp_planes is not None:  # a pickle holds ordinary parameters
+            wrap_weights(self)
 
 
 def clone_as(mod: torch.nn.Module, cls: type[ModuleT]) -> ModuleT:

@@ -20,7 +20,7 @@ came for a recipe with grad_weight in high precision.
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 
@@ -41,8 +41,19 @@ class WeightCasts(Protocol):
         ...
 
 
+@runtime_checkable
+class QuantizedWeight(Protocol):
+    """A weight that comes quantized, such as one that FSDP2 gathered in float8. A tensor of its own kind."""
+
+    def quantized(self, scaling: Scaling, *, transposed: bool) -> ScaledTensor:
+        """The codes and scales that casting the weight [N, K], or its transposition, would give."""
+        ...
+
+
 def cast_weight(weight: torch.Tensor, scaling: Scaling, *, transposed: bool) -> ScaledTensor:
-    """`WeightCasts` that keeps nothing."""
+    """`WeightCasts` that keeps nothing. A weight that comes quantized is asked for its codes."""
+    if isinstance(weight, QuantizedWeight):
+        return weight.quantized(scaling, transposed=transposed)
     return scaled_cast(weight.t() if transposed else weight, scaling)
 
 

@@ -105,8 +105,14 @@ def test_inconsistent_configurations_are_refused():
         CastConfig(ScalingType.DISABLED, ScalingGranularity.AXISWISE)
     with pytest.raises(ValueError, match="8-bit floating-point"):
         CastConfig(target_dtype=torch.bfloat16)
-    with pytest.raises(NotImplementedError, match="leave it False"):
-        Float8LinearConfig(enable_fsdp_float8_all_gather=True)
+    with pytest.raises(ValueError, match="want both quantized"):
+        Float8LinearConfig(
+            cast_config_input=DISABLED,
+            cast_config_weight=DISABLED,
+            cast_config_weight_for_grad_input=CastConfig(),
+            cast_config_input_for_grad_weight=CastConfig(),
+            enable_fsdp_float8_all_gather=True,
+        )
 
 
 def test_compatibility_flags_are_accepted():
