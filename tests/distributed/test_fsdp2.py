@@ -1,5 +1,7 @@
 """Float8 layers and AdamW8bit under FSDP2 on gloo: bit-equal to one process, saved and resharded."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -27,10 +29,15 @@ FORMATS = (AdamW8bit, AdamW4bit, AdamWFp8, Lion8bit)
 def build(
     recipe: str, world_size: int, optimizer_class: type[torch.optim.Optimizer] = AdamW8bit
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """97 rows do not divide by 2 or 3 ranks, and rows of 130 do not divide by a block of 64."""
+    """97 rows do not divide by 2 or 3 ranks, and rows of 130 do not divide by a block of 64.
+
+    "recipe+gather" gathers codes.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(130, 97), nn.ReLU(), nn.Linear(97, 130)).bfloat16()
-    convert_to_float8_training(model, config=Float8LinearConfig.from_recipe_name(recipe))
+    recipe, _, gather = recipe.partition("+")
+    config = replace(Float8LinearConfig.from_recipe_name(recipe), enable_fsdp_float8_all_gather=bool(gather))
+    convert_to_float8_training(model, config=config)
     if world_size > 1:
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         for layer in (model[0], model[2], model):
@@ -93,7 +100,9 @@ def assert_same(got: dict, want: dict) -> None:
             assert_bitwise_equal(got[key], value, what=key)
 
 
-@pytest.mark.parametrize("recipe", [name.removeprefix("float8_") for name in RECIPES])
+@pytest.mark.parametrize(
+    "recipe", [*(name.removeprefix("float8_") for name in RECIPES), "tensorwise+gather", "blockwise+gather"]
+)
 def test_two_ranks_train_to_the_bits_of_one_process_and_reshard(tmp_path, recipe: str):
     model, optimizer = build(recipe, 1)
     train(model, optimizer, range(3), 1)
