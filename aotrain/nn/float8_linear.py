@@ -6,7 +6,7 @@ import torch
 
 from aotrain.nn.float8_config import Float8LinearConfig
 from aotrain.nn.fsdp_wrap import plain_tensor, wrap_weights
-from aotrain.nn.gathered_weight import Planes, planes_of
+from aotrain.nn.gathered_weight import GatheredWeight, Planes, planes_of
 from aotrain.nn.weight_casts import WeightCastCache
 from aotrain.ops import WeightCasts, cast_weight, scaled_linear
 from aotrain.recipes import GemmRecipe, LinearRecipe
@@ -60,7 +60,12 @@ class Float8Linear(torch.nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., K] -> [..., N]; see `aotrain.ops.scaled_linear`."""
-        return scaled_linear(
+        linear = scaled_linear
+        if isinstance(self.weight, GatheredWeight) and torch.compiler.is_compiling():
+            from aotrain.nn.uncompiled import uncompiled_scaled_linear
+
+            linear = uncompiled_scaled_linear
+        return linear(
             input,
             self.weight,
             self.bias,

@@ -13,7 +13,7 @@ optimizers. A weight that was changed by other means is noticed by its version a
 import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -58,7 +58,7 @@ class FsdpWeight(torch.Tensor):
         requires_grad: as for any tensor.
     """
 
-    __torch_function__: ClassVar[Any] = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyrefly: ignore[bad-override]
     planes: Planes
     _tensor: torch.Tensor
     # Of the last gather; None before the first.
@@ -89,7 +89,9 @@ class FsdpWeight(torch.Tensor):
         return self._version, self._writes
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # pyrefly: ignore[bad-override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         plain_args, plain_kwargs = tree_map_only(cls, lambda weight: weight._tensor, (args, kwargs or {}))
         result = func(*plain_args, **plain_kwargs)
         if func in _KEPT:
@@ -108,10 +110,10 @@ class FsdpWeight(torch.Tensor):
             memo[id(self)] = copied
         return memo[id(self)]
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, proto: Any) -> Any:
         plain = self._tensor.detach().requires_grad_(self.requires_grad)
         is_param = getattr(self, "_is_param", False)
-        return (torch.nn.Parameter(plain, self.requires_grad) if is_param else plain).__reduce_ex__(protocol)
+        return (torch.nn.Parameter(plain, self.requires_grad) if is_param else plain).__reduce_ex__(proto)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"FsdpWeight({self._tensor!r})"
@@ -142,7 +144,7 @@ class FsdpWeight(torch.Tensor):
         if out is None:
             # FSDP2 frees the codes with its own buffer, of which they are a view.
             return GatheredWeight(gathered, param_dtype), ()
-        weight = getattr(out, "_local_tensor", out)
+        weight: Any = getattr(out, "_local_tensor", out)
         # Views that autograd saved in forward share this object.
         weight.gathered.q, weight.gathered.gather = gathered.q, gathered.gather
         return None

@@ -17,8 +17,9 @@ _Place = tuple[torch.nn.Module, str]
 def wrap_weights(model: torch.nn.Module) -> None:
     """Let FSDP2 gather in low precision the weights of all layers in a model that ask for it by their `fsdp_planes`.
 
-    Call it before `fully_shard`; `convert_to_float8_training` does. A weight shared with a layer that needs other codes,
-    or high precision, is gathered in high precision, and a warning says so; `fsdp_planes` of its layers becomes None.
+    Call it before `fully_shard`; `convert_to_float8_training` does. A weight shared with a layer that needs other
+    codes, or high precision, is gathered in high precision, and a warning says so; `fsdp_planes` of its layers becomes
+    None.
     """
     places: dict[torch.Tensor, list[_Place]] = {}
     for module in model.modules():

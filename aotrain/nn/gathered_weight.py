@@ -8,7 +8,7 @@ that is asked for and not there is gathered when asked for.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map_only
@@ -40,9 +40,9 @@ def planes_of(recipe: LinearRecipe) -> Planes:
     """
     if recipe.output.rhs is None or recipe.grad_input.rhs is None:
         raise ValueError(
-            f"enable_fsdp_float8_all_gather got output ({recipe.output}) and grad_input ({recipe.grad_input}); want both "
-            "quantized, as a product in high precision needs the weight in high precision: quantize both, or set it "
-            "to False."
+            f"enable_fsdp_float8_all_gather got output ({recipe.output}) and grad_input ({recipe.grad_input}); want "
+            "both quantized, as a product in high precision needs the weight in high precision: quantize both, or set "
+            "it to False."
         )
     return Planes(recipe.output.rhs, transposed_scaling(recipe.grad_input.rhs))
 
@@ -63,8 +63,8 @@ class GatheredPlane:
         """The codes and scales of a plane."""
         if self.q.data.numel() and self.q.data.untyped_storage().size() == 0:
             raise RuntimeError(
-                "a weight gathered by FSDP2 was used after FSDP2 had freed it; use it inside the forward or backward of "
-                "its module, or call module.unshard() first."
+                "a weight gathered by FSDP2 was used after FSDP2 had freed it; use it inside the forward or backward "
+                "of its module, or call module.unshard() first."
             )
         return self.q if scaling == self.q.scaling else self.gather(scaling)
 
@@ -76,7 +76,7 @@ class GatheredWeight(torch.Tensor):
     values; products and lookups, which would silently compute with them, raise.
     """
 
-    __torch_function__: ClassVar[Any] = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyrefly: ignore[bad-override]
     gathered: GatheredPlane
 
     @staticmethod
@@ -97,7 +97,9 @@ class GatheredWeight(torch.Tensor):
         return f"GatheredWeight({tuple(self.shape)}, dtype={self.dtype}, {self.gathered.q.scaling})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # pyrefly: ignore[bad-override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func in _SAME or (func in _SAME_IF_SHAPE and tuple(args[1]) == tuple(args[0].shape)):
             return GatheredWeight(args[0].gathered, args[0].dtype)
