@@ -42,8 +42,10 @@ PUBLIC = {
         "unconvert",
     ],
     "aotrain.ops": [
+        "OperandCasts",
         "QuantizedWeight",
         "WeightCasts",
+        "cast_operand",
         "cast_weight",
         "check_save_for_backward",
         "scaled_linear",

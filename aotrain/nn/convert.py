@@ -27,9 +27,10 @@ def convert_to_float8_training(
 
     Parameters keep their identity, names and dtype; convert before or after creating the optimizer. Only with
     enable_fsdp_float8_all_gather are weights replaced, by parameters of the same memory: convert before `fully_shard`,
-    and create the optimizer after it, as FSDP2 demands anyway. Layers of any shape are converted: sizes the hardware cannot take are padded. A layer reachable under several names is converted
-    once and stays shared. Subclasses of `nn.Linear` with a forward of their own are left alone. What happened to each
-    layer is logged, and kept for `aotrain.nn.conversion_report`.
+    and create the optimizer after it, as FSDP2 demands anyway. Layers of any shape are converted: sizes the hardware
+    cannot take are padded. A layer reachable under several names is converted once and stays shared. Subclasses of
+    `nn.Linear` with a forward of their own are left alone. What happened to each layer is logged, and kept for
+    `aotrain.nn.conversion_report`.
 
     Args:
         module: the model, on any device, meta included.

@@ -1,8 +1,10 @@
 """Autograd: the one layer that knows that a linear layer is three matrix products."""
 
 from aotrain.ops.scaled_linear import (
+    OperandCasts,
     QuantizedWeight,
     WeightCasts,
+    cast_operand,
     cast_weight,
     check_save_for_backward,
     scaled_linear,
@@ -10,8 +12,10 @@ from aotrain.ops.scaled_linear import (
 )
 
 __all__ = [
+    "OperandCasts",
     "QuantizedWeight",
     "WeightCasts",
+    "cast_operand",
     "cast_weight",
     "check_save_for_backward",
     "scaled_linear",

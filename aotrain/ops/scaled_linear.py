@@ -20,7 +20,7 @@ came for a recipe with grad_weight in high precision.
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
 
@@ -57,12 +57,30 @@ def cast_weight(weight: torch.Tensor, scaling: Scaling, *, transposed: bool) -> 
     return scaled_cast(weight.t() if transposed else weight, scaling)
 
 
+class OperandCasts(Protocol):
+    """How the input and the gradient of the output are cast; with scales of more rows than are here, for instance."""
+
+    def __call__(
+        self, x: torch.Tensor, scaling: Scaling, *, operand: Literal["input", "grad_output"], transposed: bool
+    ) -> ScaledTensor:
+        """The operand x [M, K] or [M, N], or its transposition, quantized."""
+        ...
+
+
+def cast_operand(
+    x: torch.Tensor, scaling: Scaling, *, operand: Literal["input", "grad_output"], transposed: bool
+) -> ScaledTensor:
+    """`OperandCasts` with scales of what is here."""
+    return scaled_cast(x.t() if transposed else x, scaling)
+
+
 @dataclass(frozen=True, slots=True)
 class _Options:
     recipe: LinearRecipe
     emulate: bool
     save_for_backward: str
     weight_casts: WeightCasts
+    operand_casts: OperandCasts
 
 
 def scaled_linear(
@@ -74,6 +92,7 @@ def scaled_linear(
     emulate: bool = False,
     save_for_backward: str = "high_precision",
     weight_casts: WeightCasts = cast_weight,
+    operand_casts: OperandCasts = cast_operand,
 ) -> torch.Tensor:
     """A linear layer whose three matrix products run in the recipe's formats. Differentiable in x, weight and bias.
 
@@ -87,6 +106,7 @@ def scaled_linear(
         emulate: compute float8 products in bfloat16 arithmetic even on hardware that has float8. Always so on CPU.
         save_for_backward: "high_precision" or "quantized"; see above.
         weight_casts: gives the quantized weight, in forward and in backward.
+        operand_casts: casts the input, in forward and in backward, and the gradient.
 
     Returns:
         [..., N] in x's dtype (the autocast dtype where that applies).
@@ -104,7 +124,7 @@ def scaled_linear(
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     rows = x.reshape(-1, x.shape[-1])  # [M, K]
-    options = _Options(recipe, emulate, save_for_backward, weight_casts)
+    options = _Options(recipe, emulate, save_for_backward, weight_casts, operand_casts)
     output = cast(torch.Tensor, _ScaledLinear.apply(rows, weight, options))
     output = output.reshape(*x.shape[:-1], weight.shape[0])
     return output if bias is None else output + bias.to(output.dtype)
@@ -126,7 +146,7 @@ class _ScaledLinear(torch.autograd.Function):
         if output.lhs is None or output.rhs is None:
             y = x @ weight.to(x.dtype).t()
         else:
-            x_q = scaled_cast(x, output.lhs)
+            x_q = options.operand_casts(x, output.lhs, operand="input", transposed=False)
             w_q = options.weight_casts(weight, output.rhs, transposed=False)
             y = _product(x_q, w_q, output, x.dtype, options)
         # In the order of `_Saved`: x or its codes, their scale, the weight.
@@ -135,7 +155,9 @@ class _ScaledLinear(torch.autograd.Function):
             kept[0] = x
             if options.save_for_backward == "quantized" and grad_weight.rhs is not None:
                 same = x_q is not None and _same_codes(x_q.scaling, grad_weight.rhs)
-                kept[:2] = (x_q if x_q is not None and same else scaled_cast(x.t(), grad_weight.rhs))[:2]
+                if x_q is None or not same:
+                    x_q = options.operand_casts(x, grad_weight.rhs, operand="input", transposed=True)
+                kept[:2] = x_q[:2]
         ctx.save_for_backward(*kept)
         ctx.options, ctx.dtypes = options, (x.dtype, weight.dtype)
         return y
@@ -152,15 +174,15 @@ class _ScaledLinear(torch.autograd.Function):
             if grad_input_recipe.lhs is None or grad_input_recipe.rhs is None:
                 grad_input = (grad @ weight.to(grad.dtype)).to(ctx.dtypes[0])
             else:
-                grad_q = scaled_cast(grad, grad_input_recipe.lhs)
+                grad_q = options.operand_casts(grad, grad_input_recipe.lhs, operand="grad_output", transposed=False)
                 w_q = options.weight_casts(weight, grad_input_recipe.rhs, transposed=True)
                 grad_input = _product(grad_q, w_q, grad_input_recipe, ctx.dtypes[0], options)
         if ctx.needs_input_grad[1]:
             if grad_weight_recipe.lhs is None or grad_weight_recipe.rhs is None:
                 grad_weight = (grad.t() @ x.to(grad.dtype)).to(ctx.dtypes[1])
             else:
-                grad_t = _transposed_cast(grad, grad_q, grad_weight_recipe.lhs)
-                x_t = _saved_input(x, x_scale, options.recipe)
+                grad_t = _transposed_grad(grad, grad_q, grad_weight_recipe.lhs, options)
+                x_t = _saved_input(x, x_scale, options)
                 grad_weight = _product(grad_t, x_t, grad_weight_recipe, ctx.dtypes[1], options)
         return grad_input, grad_weight, None
 
@@ -183,18 +205,21 @@ def transpose_quantized(q: ScaledTensor) -> ScaledTensor | None:
     return ScaledTensor(q.data.t().contiguous(), q.scale.t().contiguous(), q.scaling)
 
 
-def _transposed_cast(x: torch.Tensor, q: ScaledTensor | None, scaling: Scaling) -> ScaledTensor:
-    """The quantized transposition of x, from q, which is x quantized, where that is possible."""
+def _transposed_grad(grad: torch.Tensor, q: ScaledTensor | None, scaling: Scaling, options: _Options) -> ScaledTensor:
+    """The quantized transposition of the gradient, from q, which is the gradient quantized, where that is possible."""
     reused = transpose_quantized(q) if q is not None and q.scaling == scaling else None
-    return scaled_cast(x.t(), scaling) if reused is None else reused
+    if reused is not None:
+        return reused
+    return options.operand_casts(grad, scaling, operand="grad_output", transposed=True)
 
 
-def _saved_input(x: torch.Tensor, scale: torch.Tensor | None, recipe: LinearRecipe) -> ScaledTensor:
+def _saved_input(x: torch.Tensor, scale: torch.Tensor | None, options: _Options) -> ScaledTensor:
     """x.T [K, M] quantized for grad_weight, from what forward kept."""
+    recipe = options.recipe
     scaling = recipe.grad_weight.rhs
     assert scaling is not None
     if scale is None:
-        return scaled_cast(x.t(), scaling)
+        return options.operand_casts(x, scaling, operand="input", transposed=True)
     kept = ScaledTensor(x, scale, scaling)
     transposed = transpose_quantized(kept) if _same_codes(recipe.output.lhs, scaling) else None
     return kept if transposed is None else transposed
