@@ -1,10 +1,11 @@
 """Float8Linear: `nn.Linear` whose three matrix products run in float8."""
 
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 
 from aotrain.nn.float8_config import Float8LinearConfig
+from aotrain.nn.fsdp_weight import fsdp_weight_of
 from aotrain.nn.fsdp_wrap import plain_tensor, wrap_weights
 from aotrain.nn.gathered_weight import GatheredWeight, Planes, planes_of
 from aotrain.nn.weight_casts import WeightCastCache
@@ -32,6 +33,8 @@ class Float8Linear(torch.nn.Linear):
     emulate: bool
     save_for_backward: str
     weight_casts: WeightCasts
+    # Under tensor parallelism: see `aotrain.nn.sharded_linear`.
+    tensor_parallel_scales: Literal["whole", "own"]
     # What FSDP2 gathers; None: the weight in high precision.
     fsdp_planes: Planes | None
 
@@ -60,6 +63,10 @@ class Float8Linear(torch.nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., K] -> [..., N]; see `aotrain.ops.scaled_linear`."""
+        if hasattr(self.weight, "device_mesh"):  # a DTensor
+            from aotrain.nn.sharded_linear import sharded_linear
+
+            return sharded_linear(self, input, scales=self.tensor_parallel_scales)
         linear = scaled_linear
         if isinstance(self.weight, GatheredWeight) and torch.compiler.is_compiling():
             from aotrain.nn.uncompiled import uncompiled_scaled_linear
@@ -90,6 +97,7 @@ class Float8Linear(torch.nn.Linear):
         self.emulate = settings.emulate if emulate is None else emulate
         self.save_for_backward = settings.save_for_backward
         self.weight_casts = WeightCastCache() if settings.cache_weight_casts else cast_weight
+        self.tensor_parallel_scales = "whole"
         self.fsdp_planes = planes_of(self.recipe) if settings.enable_fsdp_float8_all_gather else None
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -98,9 +106,10 @@ class Float8Linear(torch.nn.Linear):
             destination[f"{prefix}weight"] = plain_tensor(destination[f"{prefix}weight"])
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        before = fsdp_weight_of(self.weight)
         super()._load_from_state_dict(*args, **kwargs)
-        if self.fsdp_planes is not None:  # load_state_dict(assign=True) brings ordinary parameters
-            wrap_weights(self)
+        if before is not None:  # load_state_dict(assign=True) brings ordinary parameters
+            wrap_weights(self, splits=before.splits)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

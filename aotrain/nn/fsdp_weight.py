@@ -24,7 +24,7 @@ from aotrain.formats import ScaledTensor, Scaling
 from aotrain.formats.scaling import scales_from_amax
 from aotrain.kernels import scaled_cast
 from aotrain.nn.gathered_weight import GatheredPlane, GatheredWeight, Planes
-from aotrain.nn.shard_amax import Part, all_reduce_amax, part_amax, scaling_of_part
+from aotrain.nn.shard_amax import Part, Splits, all_reduce_amax, all_reduce_over_splits, part_amax, scaling_of_part
 
 aten = torch.ops.aten
 # Results that FSDP2 and nn.Module put back into a parameter. `view` is not one: FSDP2 keeps a flat view of each
@@ -56,10 +56,13 @@ class FsdpWeight(torch.Tensor):
         tensor: the values; shared, not copied.
         planes: what is gathered.
         requires_grad: as for any tensor.
+        splits: of the weight, where the tensor is a part of it on top of FSDP2's sharding.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # pyrefly: ignore[bad-override]
     planes: Planes
+    # Where the weight is itself a part of a tensor-parallel layer's, whose scales it has.
+    splits: Splits
     _tensor: torch.Tensor
     # Of the last gather; None before the first.
     _shard: _Shard | None
@@ -70,11 +73,13 @@ class FsdpWeight(torch.Tensor):
     _writes: int
 
     @staticmethod
-    def __new__(cls, tensor: torch.Tensor, planes: Planes, requires_grad: bool = False) -> "FsdpWeight":
+    def __new__(
+        cls, tensor: torch.Tensor, planes: Planes, requires_grad: bool = False, splits: Splits = ()
+    ) -> "FsdpWeight":
         _refresh_after_optimizer_steps()
         # A view: memory and version counter are the tensor's.
         self = torch.Tensor._make_subclass(cls, tensor, requires_grad)
-        self._tensor, self.planes = tensor.detach(), planes
+        self._tensor, self.planes, self.splits = tensor.detach(), planes, splits
         self._shard, self._amax, self._amax_version, self._writes = None, [], None, 0
         return self
 
@@ -95,7 +100,7 @@ class FsdpWeight(torch.Tensor):
         plain_args, plain_kwargs = tree_map_only(cls, lambda weight: weight._tensor, (args, kwargs or {}))
         result = func(*plain_args, **plain_kwargs)
         if func in _KEPT:
-            return cls(result, args[0].planes)
+            return FsdpWeight(result, args[0].planes, False, args[0].splits)
         if func._schema.is_mutable:
             for leaf in tree_leaves((args, kwargs or {})):
                 if isinstance(leaf, cls):
@@ -105,7 +110,7 @@ class FsdpWeight(torch.Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FsdpWeight":
         if id(self) not in memo:
-            copied = FsdpWeight(self._tensor.clone(), self.planes, self.requires_grad)
+            copied = FsdpWeight(self._tensor.clone(), self.planes, self.requires_grad, self.splits)
             copied._is_param = getattr(self, "_is_param", False)  # pyrefly: ignore[missing-attribute]
             memo[id(self)] = copied
         return memo[id(self)]
@@ -183,26 +188,35 @@ class FsdpWeight(torch.Tensor):
 def refresh_amax(weights: Iterable[FsdpWeight]) -> None:
     """Compute the tables of weights that have been gathered before, with one all-reduce for each group of ranks.
 
+    With tensor parallelism there is one more for each way to split.
+
     A collective: every rank must call it for the same weights in the same order.
     """
     of_group: dict[dist.ProcessGroup, list[tuple[FsdpWeight, Part]]] = {}
+    of_splits: dict[Splits, list[FsdpWeight]] = {}
     for weight in weights:
         if weight._shard is not None:
             of_group.setdefault(weight._shard.group, []).append((weight, weight._shard.part))
+            of_splits.setdefault(weight.splits, []).append(weight)
     for group, members in of_group.items():
-        tables = iter(
-            all_reduce_amax(
-                [
-                    part_amax(weight._tensor, scaling.block, part)
-                    for weight, part in members
-                    for scaling in weight.planes.distinct
-                ],
-                group,
-            )
-        )
-        for weight, _ in members:
-            weight._amax = [next(tables) for _ in weight.planes.distinct]
-            weight._amax_version = weight._values_version
+        tables = [
+            part_amax(weight._tensor, scaling.block, part)
+            for weight, part in members
+            for scaling in weight.planes.distinct
+        ]
+        _set_tables([weight for weight, _ in members], all_reduce_amax(tables, group))
+    for splits, split in of_splits.items():
+        if splits:
+            blocks = [scaling.block for weight in split for scaling in weight.planes.distinct]
+            tables = [table for weight in split for table in weight._amax]
+            _set_tables(split, all_reduce_over_splits(tables, blocks, splits))
+
+
+def _set_tables(weights: Iterable[FsdpWeight], tables: Iterable[torch.Tensor]) -> None:
+    following = iter(tables)
+    for weight in weights:
+        weight._amax = [next(following) for _ in weight.planes.distinct]
+        weight._amax_version = weight._values_version
 
 
 def fsdp_weight_of(param: torch.Tensor) -> FsdpWeight | None:

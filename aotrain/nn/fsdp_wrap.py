@@ -1,12 +1,15 @@
 """Putting FsdpWeight into a model, and keeping it out of what others see: state_dicts and unconverted models."""
 
+import functools
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from aotrain.nn.fsdp_weight import FsdpWeight, fsdp_weight_of, refresh_amax
 from aotrain.nn.gathered_weight import Planes
+from aotrain.nn.shard_amax import Splits
 
 logger = logging.getLogger(__name__)
 
@@ -14,12 +17,16 @@ logger = logging.getLogger(__name__)
 _Place = tuple[torch.nn.Module, str]
 
 
-def wrap_weights(model: torch.nn.Module) -> None:
+def wrap_weights(model: torch.nn.Module, *, splits: Splits | None = None) -> None:
     """Let FSDP2 gather in low precision the weights of all layers in a model that ask for it by their `fsdp_planes`.
 
     Call it before `fully_shard`; `convert_to_float8_training` does. A weight shared with a layer that needs other
     codes, or high precision, is gathered in high precision, and a warning says so; `fsdp_planes` of its layers becomes
     None.
+
+    Args:
+        model: with plain weights, or split by tensor parallelism.
+        splits: of the weights; by default what their placements say, before `fully_shard`.
     """
     places: dict[torch.Tensor, list[_Place]] = {}
     for module in model.modules():
@@ -44,7 +51,10 @@ def wrap_weights(model: torch.nn.Module) -> None:
         if present is not None:
             present.planes = planes
         else:
-            _put(param, _with_local(param, lambda local, planes=planes: FsdpWeight(local, planes)), owners)
+            wrap = functools.partial(
+                FsdpWeight, planes=planes, splits=_splits(param, owners[0][0]) if splits is None else splits
+            )
+            _put(param, _with_local(param, wrap), owners)
 
 
 def unwrap_weights(model: torch.nn.Module) -> None:
@@ -79,6 +89,15 @@ def precompute_float8_dynamic_scale_for_fsdp(module: torch.nn.Module) -> None:
 def _planes_at(place: _Place) -> Planes | None:
     module, name = place
     return getattr(module, "fsdp_planes", None) if name == "weight" else None
+
+
+def _splits(param: torch.Tensor, module: torch.nn.Module) -> Splits:
+    """How tensor parallelism has split a weight whose scales are those of the whole."""
+    mesh: Any = getattr(param, "device_mesh", None)
+    if mesh is None or getattr(module, "tensor_parallel_scales", "own") == "own":
+        return ()
+    placements: Any = param.placements  # pyrefly: ignore[missing-attribute]
+    return tuple((each.dim, mesh.get_group(number)) for number, each in enumerate(placements) if each.is_shard())
 
 
 def _with_local(tensor: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:

@@ -15,6 +15,9 @@ import torch.distributed as dist
 from aotrain.formats import Scaling, scale_shape
 from aotrain.formats.scaling import Block, block_amax
 
+# Dimensions of a matrix, 0 for rows and 1 for columns, that are split over the ranks of a group.
+Splits = tuple[tuple[int, dist.ProcessGroup], ...]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
@@ -66,3 +69,17 @@ def scaling_of_part(scaling: Scaling, amax: torch.Tensor, part: Part) -> tuple[S
             amax = amax.index_select(dim, torch.arange(start, end, device=amax.device) // size)
             block[dim] = 1
     return replace(scaling, block=(block[0], block[1])), amax
+
+
+def all_reduce_over_splits(
+    tables: Sequence[torch.Tensor], blocks: Sequence[Block], splits: Splits
+) -> list[torch.Tensor]:
+    """The tables of a matrix of which ranks hold parts, with blocks that reach across the splits combined."""
+    combined = list(tables)
+    for dim, group in splits:
+        across = [number for number, block in enumerate(blocks) if block[dim] == -1]
+        if across:
+            reduced = all_reduce_amax([combined[number] for number in across], group)
+            for number, table in zip(across, reduced, strict=True):
+                combined[number] = table
+    return combined
