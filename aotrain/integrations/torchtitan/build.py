@@ -106,6 +106,7 @@ def _model_spec(job: PretrainJob, device_type: str) -> ModelSpec:
             recipe=job.precision.recipe,
             skip=list(job.precision.skip),
             emulate=job.precision.emulate,
+            fsdp_float8_all_gather=job.precision.fsdp_float8_all_gather,
             model_compile_enabled=job.training.compile,
         )
         try:

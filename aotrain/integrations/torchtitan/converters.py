@@ -37,6 +37,9 @@ class Float8Converter(QuantizationConverter):
         emulate: bool = False
         """Round to float8 values but multiply in high precision."""
 
+        fsdp_float8_all_gather: bool = False
+        """Let FSDP2 gather codes, one byte per element."""
+
     def __init__(self, config: Config, **unused: Any) -> None:
         get_recipe(config.recipe)
         self.config = config
@@ -59,7 +62,12 @@ class Float8Converter(QuantizationConverter):
             elif type(linear) is not Linear.Config:
                 rows.append(ReportRow(fqn, "skipped", f"{type(linear).__qualname__} computes something of its own"))
             else:
-                new = float8_linear_config(linear, recipe=self.config.recipe, emulate=self.config.emulate)
+                new = float8_linear_config(
+                    linear,
+                    recipe=self.config.recipe,
+                    emulate=self.config.emulate,
+                    fsdp_float8_all_gather=self.config.fsdp_float8_all_gather,
+                )
                 _put(parent, attr, new)
                 rows.append(ReportRow(fqn, "converted", self.config.recipe))
         self.report = Report(self.config.recipe, tuple(rows))

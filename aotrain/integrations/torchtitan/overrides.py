@@ -25,10 +25,14 @@ from aotrain.integrations.torchtitan.optim import LowBitOptimizers, with_low_bit
 
 @override(target=Linear.Config, fqns=["*.layers.*"], exact=True, description="float8 products in transformer blocks")
 def float8_linear(
-    config: Linear.Config, *, recipe: str = "float8_rowwise", emulate: bool = False
+    config: Linear.Config,
+    *,
+    recipe: str = "float8_rowwise",
+    emulate: bool = False,
+    fsdp_float8_all_gather: bool = False,
 ) -> Float8Linear.Config:
     """Every linear layer of the transformer blocks in the formats of ``recipe``."""
-    return float8_linear_config(config, recipe=recipe, emulate=emulate)
+    return float8_linear_config(config, recipe=recipe, emulate=emulate, fsdp_float8_all_gather=fsdp_float8_all_gather)
 
 
 @override(target=OptimizersContainer.Config, description="low-bit AdamW state")

@@ -18,6 +18,7 @@ from aotrain.integrations.torchtitan.models import llama3_spec
 from aotrain.integrations.torchtitan.optim import EMBEDDING, optimizer_config, with_low_bit
 from aotrain.integrations.torchtitan.tokenizer import byte_tokenizer_dir
 from aotrain.integrations.torchtitan.train import _single_process_environment, _train
+from aotrain.nn.fsdp_weight import FsdpWeight
 from aotrain.recipes import RECIPES
 
 from .conftest import numbers
@@ -166,3 +167,18 @@ def test_state_precision_by_name(tiny_job, keys, patterns, bits):
     config = optimizer_config(tiny_job(*keys).optimizer)
     assert [group.pattern for group in config.param_groups] == patterns
     assert [group.optimizer_kwargs.get("bits") for group in config.param_groups] == bits
+
+
+def test_codes_are_gathered_by_a_run_that_asks_for_it(train, monkeypatch):
+    gathered = []
+    original = FsdpWeight.fsdp_pre_all_gather
+
+    def count(self, mesh, outer_size, outer_stride, module, mp_policy):
+        result = original(self, mesh, outer_size, outer_stride, module, mp_policy)
+        gathered.append((type(module), mp_policy.param_dtype, result[0][0].dtype))
+        return result
+
+    monkeypatch.setattr(FsdpWeight, "fsdp_pre_all_gather", count)
+    train("precision.fsdp_float8_all_gather=true", "training.steps=1", config="llama3_debug_float8_rowwise_cpu")
+    assert {tuple(others) for _, *others in gathered} == {(torch.bfloat16, torch.uint8)}
+    assert all(issubclass(module, Float8Linear) for module, *_ in gathered)

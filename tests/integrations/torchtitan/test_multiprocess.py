@@ -18,7 +18,7 @@ from aotrain.integrations.torchtitan.metrics_file import read_rows
 from aotrain.integrations.torchtitan.run_dir import latest_step
 
 from .conftest import numbers
-from .processes import finish, start, train_losses
+from .processes import finish, start, start_each, train_losses
 
 STEPS = ["data.seq_len=64", "data.global_batch_size=4", "training.steps=6", "metrics.every=1", "validation.every=3"]
 
@@ -39,6 +39,18 @@ def test_two_ranks_agree_with_one(train, tmp_path, config, overrides, bound):
     finish(two)
     assert train_losses(tmp_path / "two") == pytest.approx(train_losses(tmp_path / "one"), rel=bound)
     assert json.loads((tmp_path / "two" / "summary.json").read_text())["ranks"] == 2
+
+
+def test_gathering_codes_changes_no_bit_of_a_loss(tmp_path):
+    losses = []
+    options = ["training.steps=2", "validation.every=null", "checkpoint.enabled=false"]
+    for gather in ("false", "true"):
+        options = [*options, f"precision.fsdp_float8_all_gather={gather}"]
+        finish(*start_each("llama3_debug_float8_rowwise_cpu", tmp_path / gather, *STEPS, *options, ranks=2))
+        rows = [row for row in read_rows(tmp_path / gather / "metrics.jsonl") if row["kind"] == "train"]
+        losses.append([(row["loss"], row["grad_norm"]) for row in rows])
+    assert len(losses[0]) == 2
+    assert losses[0] == losses[1]
 
 
 def test_sigkill_half_way_and_resume_ends_with_the_same_bits(train, tmp_path):
