@@ -42,11 +42,16 @@ _KEPT = {
 
 @dataclass(frozen=True, slots=True)
 class _Shard:
-    """Where a rank's shard lies, and the ranks that hold the others."""
+    """Where a rank's shard lies, the ranks that hold the others, and the device they exchange on."""
 
+    device: torch.device
     part: Part
     padded: tuple[int, int]
     group: dist.ProcessGroup
+
+
+# From fsdp_pre_all_gather to fsdp_post_all_gather.
+_Metadata = tuple[Scaling, torch.Tensor, _Shard]
 
 
 class FsdpWeight(torch.Tensor):
@@ -125,26 +130,29 @@ class FsdpWeight(torch.Tensor):
 
     def fsdp_pre_all_gather(
         self, mesh: Any, outer_size: torch.Size, outer_stride: Any, module: Any, mp_policy: Any
-    ) -> tuple[tuple[torch.Tensor, ...], tuple[Scaling, torch.Tensor]]:
+    ) -> tuple[tuple[torch.Tensor, ...], "_Metadata"]:
         """Called by FSDP2: this rank's codes, padded to the size of the largest shard, and what they mean."""
-        self._shard = _shard_of(tuple(self._tensor.shape), (outer_size[0], outer_size[1]), mesh)
+        self._shard = _shard_of(self._tensor, (outer_size[0], outer_size[1]), mesh)
         # Inside backward, the layer's own forward is over. Where it is repeated there (activation checkpointing), the
         # plane for it is gathered as it is needed.
         in_backward = torch._C._current_graph_task_id() != -1
         scaling = self.planes.grad_input if in_backward else self.planes.output
         codes, scale = self._quantize(scaling, mp_policy.param_dtype or self.dtype)
-        return (codes,), (scaling, scale)
+        return (codes,), (scaling, scale, self._shard)
 
     def fsdp_post_all_gather(
         self,
         all_gather_outputs: tuple[torch.Tensor, ...],
-        metadata: tuple[Scaling, torch.Tensor],
+        metadata: "_Metadata",
         param_dtype: torch.dtype,
         *,
         out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None:
         """Called by FSDP2: the whole weight, or with `out` the new content of the one it has."""
-        (codes,), (scaling, scale) = all_gather_outputs, metadata
+        # With CPU offload, what was asked for its codes is a copy of this weight on the device.
+        (codes,), (scaling, scale, self._shard) = all_gather_outputs, metadata
+        if scale.is_cuda:  # made on FSDP2's stream, used on this one
+            scale.record_stream(torch.cuda.current_stream(scale.device))
         gathered = GatheredPlane(self._whole(codes, scaling, scale), functools.partial(self._gather, dtype=param_dtype))
         if out is None:
             # FSDP2 frees the codes with its own buffer, of which they are a view.
@@ -158,7 +166,11 @@ class FsdpWeight(torch.Tensor):
     def _gather(self, scaling: Scaling, *, dtype: torch.dtype) -> ScaledTensor:
         """A plane of the whole weight, gathered now."""
         assert self._shard is not None
-        codes, scale = self._quantize(scaling, dtype)
+        source = self
+        if self.device != self._shard.device:
+            source = FsdpWeight(self._tensor.to(self._shard.device), self.planes, False, self.splits)
+            source._shard = self._shard
+        codes, scale = source._quantize(scaling, dtype)
         shards = [torch.empty_like(codes) for _ in range(dist.get_world_size(self._shard.group))]
         dist.all_gather(shards, codes, group=self._shard.group)
         columns = self._shard.padded[1] != self._shard.part.whole[1]
@@ -195,7 +207,8 @@ def refresh_amax(weights: Iterable[FsdpWeight]) -> None:
     of_group: dict[dist.ProcessGroup, list[tuple[FsdpWeight, Part]]] = {}
     of_splits: dict[Splits, list[FsdpWeight]] = {}
     for weight in weights:
-        if weight._shard is not None:
+        # The table of an offloaded weight is made of the copy that FSDP2 asks for its codes, at each gather.
+        if weight._shard is not None and weight._shard.device == weight.device:
             of_group.setdefault(weight._shard.group, []).append((weight, weight._shard.part))
             of_splits.setdefault(weight.splits, []).append(weight)
     for group, members in of_group.items():
@@ -225,14 +238,15 @@ def fsdp_weight_of(param: torch.Tensor) -> FsdpWeight | None:
     return local if isinstance(local, FsdpWeight) else None
 
 
-def _shard_of(local: tuple[int, ...], whole: tuple[int, int], mesh: Any) -> _Shard:
+def _shard_of(tensor: torch.Tensor, whole: tuple[int, int], mesh: Any) -> _Shard:
+    local = tensor.shape
     ranks, rank = mesh.size(), mesh.get_local_rank()
     dim = 1 if local[1] != whole[1] else 0
     size = -(-whole[dim] // ranks)
     start, padded = [0, 0], list(whole)
     start[dim], padded[dim] = min(rank * size, whole[dim]), size
     part = Part(whole=whole, start=(start[0], start[1]), shape=(local[0], local[1]))
-    return _Shard(part, (padded[0], padded[1]), mesh.get_group())
+    return _Shard(tensor.device, part, (padded[0], padded[1]), mesh.get_group())
 
 
 @functools.lru_cache(maxsize=1)

@@ -19,8 +19,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from aotrain.nn import Float8LinearConfig, convert_to_float8_training
-from aotrain.nn.fsdp_weight import fsdp_weight_of
+from aotrain.nn.fsdp_weight import FsdpWeight, fsdp_weight_of
 from aotrain.nn.fsdp_wrap import precompute_float8_dynamic_scale_for_fsdp
+from aotrain.nn.gathered_weight import planes_of
+from aotrain.ops import cast_weight
 from aotrain.optim import AdamW8bit
 from aotrain.recipes import RECIPES
 from aotrain.testing import assert_bitwise_equal
@@ -254,6 +256,30 @@ def states(rank: int, world_size: int) -> None:
 
 def test_states_are_ordinary_and_every_way_to_a_model_works():
     run_ranks(states, 2)
+
+
+def offloaded(rank: int, world_size: int) -> None:
+    """With CPU offload FSDP2 asks a copy on the device for codes, and the weight itself for what they mean."""
+    mesh = init_device_mesh("cpu", (world_size,))
+    for recipe in RECIPES:
+        planes = planes_of(RECIPES[recipe])
+        whole = torch.randn(6, 20, generator=torch.Generator().manual_seed(0))
+        weight = FsdpWeight(whole.chunk(world_size)[rank].clone(), planes)
+        copied = weight.clone()
+        (codes,), metadata = copied.fsdp_pre_all_gather(mesh, whole.shape, whole.stride(), None, BF16)
+        gathered = torch.empty(6, 20, dtype=torch.uint8)
+        dist.all_gather(list(gathered.chunk(world_size)), codes)
+        unsharded, _ = weight.fsdp_post_all_gather((gathered,), metadata, torch.bfloat16)
+        for transposed, scaling in ((False, RECIPES[recipe].output.rhs), (True, RECIPES[recipe].grad_input.rhs)):
+            want = cast_weight(whole.bfloat16(), scaling, transposed=transposed)
+            got = unsharded.quantized(scaling, transposed=transposed)
+            assert got.scaling == want.scaling
+            assert_bitwise_equal(got.data, want.data)
+            assert_bitwise_equal(got.scale, want.scale)
+
+
+def test_a_copy_on_the_device_gives_the_codes_of_an_offloaded_weight():
+    run_ranks(offloaded, 2)
 
 
 def test_gathered_weight_is_read_only_and_not_for_others():
