@@ -35,10 +35,9 @@ def wrap_weights(model: torch.nn.Module, *, splits: Splits | None = None) -> Non
                 places.setdefault(param, []).append((module, name))
     for param, owners in places.items():
         wanted = [_planes_at(place) for place in owners]
-        planes = next((each for each in wanted if each is not None), None)
-        if planes is None:
-            continue
-        if any(each != planes for each in wanted):
+        planes, present = next((each for each in wanted if each is not None), None), fsdp_weight_of(param)
+        if planes is not None and any(each != planes for each in wanted):
+            planes = None
             logger.warning(
                 "a weight of shape %s is shared by layers of which some need it in high precision or in other codes; "
                 "FSDP2 gathers it in high precision",
@@ -46,15 +45,14 @@ def wrap_weights(model: torch.nn.Module, *, splits: Splits | None = None) -> Non
             )
             for module, _ in owners:
                 module.fsdp_planes = None  # pyrefly: ignore[bad-argument-type]
-            continue
-        present = fsdp_weight_of(param)
-        if present is not None:
+        if planes is None:
+            if present is not None:
+                _put(param, plain_tensor(param), owners)
+        elif present is not None:
             present.planes = planes
         else:
-            wrap = functools.partial(
-                FsdpWeight, planes=planes, splits=_splits(param, owners[0][0]) if splits is None else splits
-            )
-            _put(param, _with_local(param, wrap), owners)
+            own = _splits(param, owners[0][0]) if splits is None else splits
+            _put(param, _with_local(param, functools.partial(FsdpWeight, planes=planes, splits=own)), owners)
 
 
 def unwrap_weights(model: torch.nn.Module) -> None:

@@ -14,6 +14,7 @@ This module loads torch.distributed.tensor, and is imported where there are DTen
 """
 
 import functools
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -49,6 +50,8 @@ def sharded_linear(layer: "Float8Linear", input: torch.Tensor, *, scales: Scales
             "Float8ColwiseParallel or Float8RowwiseParallel, apply the layer's sharding config (model.parallelize), or "
             "keep both plain"
         )
+    if layer.fsdp_planes is not None and type(weight._local_tensor) is torch.Tensor:
+        _warn_ordinary_weight()
     layouts = [_layout(x, w, input.ndim) for x, w in zip(input.placements, weight.placements, strict=True)]
     codes: ScaledTensor | None = getattr(input, _CODES, None)
     x = input.redistribute(placements=[each.input for each in layouts])
@@ -99,6 +102,16 @@ def carry_codes(source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     if codes is not None and target is not source:
         setattr(target, _CODES, codes)
     return target
+
+
+@functools.lru_cache(maxsize=1)
+def _warn_ordinary_weight() -> None:
+    warnings.warn(
+        "enable_fsdp_float8_all_gather has no effect on Float8Linear layers that were split by torch's own "
+        "tensor-parallel styles: FSDP2 gathers their weights in high precision, with the same result. Use "
+        "Float8ColwiseParallel and Float8RowwiseParallel of aotrain.nn.tensor_parallel.",
+        stacklevel=2,
+    )
 
 
 class _GatherCodes(torch.autograd.Function):

@@ -98,6 +98,7 @@ def case(name: str, recipe: str, gather: bool) -> list[torch.Tensor]:
     if name == "checkpointing":
         return train(model := shard(build(recipe, gather, container=Checkpointed)), adamw(model))
     if name == "compiled":
+        torch._dynamo.reset()
         model = shard(build(recipe, gather))
         for block in model:
             block.compile(backend="aot_eager")

@@ -1,6 +1,7 @@
 """Tensor-parallel float8 layers on gloo: codes of the whole layer, sums in another order; with FSDP2 too."""
 
 import itertools
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor.parallel import parallelize_module
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -100,6 +101,22 @@ def two_ranks(rank: int, world_size: int) -> None:
     for recipe in RECIPES:
         like_one_rank(rank, world_size, recipe)
     gathered_activations(rank, world_size)
+    styles_of_torch(rank, world_size)
+
+
+def styles_of_torch(rank: int, world_size: int) -> None:
+    """They work, and gather in high precision, which is said where it was not asked for."""
+    mesh = init_device_mesh("cpu", (world_size,))
+    plan: dict[str, Any] = {"gate": ColwiseParallel(), "up": ColwiseParallel(), "down": RowwiseParallel()}
+    want = run(build("tensorwise"), batch())
+    for gather in (False, True):
+        model = parallelize_module(build("tensorwise", gather), mesh, plan)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            got = run(model, batch())
+        assert any("has no effect" in str(each.message) for each in caught) == gather
+        for name, value in want.items():
+            assert sqnr(value, got[name]) > ORDER_DB, name
 
 
 def test_four_ranks_and_fsdp2_with_the_same_bits():

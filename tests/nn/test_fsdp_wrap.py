@@ -95,6 +95,14 @@ def test_a_weight_tied_to_an_embedding_stays_tied_and_ordinary(caplog: pytest.Lo
     assert type(copied.head.weight) is nn.Parameter
 
 
+def test_converting_again_changes_what_is_gathered():
+    model = convert_to_float8_training(nn.Sequential(nn.Linear(4, 6)), config=config())
+    convert_to_float8_training(model, config=config("rowwise"))
+    assert len(model[0].weight.planes.distinct) == 2
+    convert_to_float8_training(model, config=Float8LinearConfig())
+    assert type(model[0].weight) is nn.Parameter
+
+
 def test_layers_that_share_a_weight_keep_sharing_it():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     model[1].weight = model[0].weight
