@@ -31,8 +31,8 @@ __all__ = [
     "auto_filter_for_recipe",
     "conversion_report",
     "convert_to_float8_training",
-    "precompute_float8_dynamic_scale_for_fsdp",
     "make_plan",
+    "precompute_float8_dynamic_scale_for_fsdp",
     "save_products",
     "unconvert",
 ]
