@@ -38,6 +38,8 @@ _KEPT = {
     aten._to_copy.default,
     aten._pin_memory.default,
 }
+# `param.data` is a view too, through which many loops update parameters.
+_VIEWS = {aten.detach.default, aten.slice.Tensor}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,10 @@ _Metadata = tuple[Scaling, torch.Tensor, _Shard]
 class FsdpWeight(torch.Tensor):
     """A high-precision weight, or a rank's shard of it.
 
+    Changes are seen by the next gather, with two exceptions: in-place operations on the DTensors of a state_dict, and
+    on `.data` of the local tensor. Call `precompute_float8_dynamic_scale_for_fsdp` after those, or copy the state_dict
+    back with `load_state_dict`.
+
     Args:
         tensor: the values; shared, not copied.
         planes: what is gathered.
@@ -74,8 +80,8 @@ class FsdpWeight(torch.Tensor):
     # One table per distinct plane, of the values at `_amax_version`.
     _amax: list[torch.Tensor]
     _amax_version: tuple[int, int] | None
-    # In-place operations so far; inside a DTensor they do not count as versions.
-    _writes: int
+    # In-place operations so far, which inside a DTensor do not count as versions; shared with views.
+    _writes: list[int]
 
     @staticmethod
     def __new__(
@@ -85,7 +91,7 @@ class FsdpWeight(torch.Tensor):
         # A view: memory and version counter are the tensor's.
         self = torch.Tensor._make_subclass(cls, tensor, requires_grad)
         self._tensor, self.planes, self.splits = tensor.detach(), planes, splits
-        self._shard, self._amax, self._amax_version, self._writes = None, [], None, 0
+        self._shard, self._amax, self._amax_version, self._writes = None, [], None, [0]
         return self
 
     @property
@@ -96,7 +102,7 @@ class FsdpWeight(torch.Tensor):
     @property
     def _values_version(self) -> tuple[int, int]:
         # Moves alike on all ranks, which therefore agree on when to reduce: no addresses or identities in it.
-        return self._version, self._writes
+        return self._version, self._writes[0]
 
     @classmethod
     def __torch_dispatch__(  # pyrefly: ignore[bad-override]
@@ -105,11 +111,14 @@ class FsdpWeight(torch.Tensor):
         plain_args, plain_kwargs = tree_map_only(cls, lambda weight: weight._tensor, (args, kwargs or {}))
         result = func(*plain_args, **plain_kwargs)
         if func in _KEPT:
-            return FsdpWeight(result, args[0].planes, False, args[0].splits)
+            kept = FsdpWeight(result, args[0].planes, False, args[0].splits)
+            if func in _VIEWS:
+                kept._writes = args[0]._writes
+            return kept
         if func._schema.is_mutable:
             for leaf in tree_leaves((args, kwargs or {})):
                 if isinstance(leaf, cls):
-                    leaf._writes += 1
+                    leaf._writes[0] += 1
         written = bool(args) and isinstance(args[0], cls) and result is plain_args[0]
         return args[0] if written else result
 

@@ -115,6 +115,13 @@ def case(name: str, recipe: str, gather: bool) -> list[torch.Tensor]:
     seen = step(model, 1)
     model.load_state_dict({key: value * 2 for key, value in model.state_dict().items()})
     seen += step(model, 2)
+    for number, write in enumerate(
+        (lambda p: p.data.mul_(4), lambda p: p.detach().mul_(3), lambda p: p.to_local().mul_(2))
+    ):
+        with torch.no_grad():
+            for param in model.parameters():
+                write(param)
+        seen += step(model, 4 + number)
     with torch.no_grad():  # what only the explicit call sees: a write without a version
         for param in model.parameters():
             param.to_local().data.mul_(5)
