@@ -2,9 +2,10 @@
 
     python scripts/compile_kernels.py [--out benchmarks/results/aot_kernels.csv] [--arch 90 100]
 
-Prints kernel, variant, architecture, registers per thread, spilled bytes, shared memory and machine instructions (each
-counted once, without the blocks that call the slow path of a division or root); fails when a kernel spills more than
---max-spill bytes per thread (loads and stores together).
+Prints kernel, variant, architecture, registers per thread, spilled bytes, shared memory, machine instructions (each
+counted once, without the blocks that call the slow path of a division or root) and how many of all instructions move
+single bytes, as those of an access that is not vectorized do; fails when a kernel spills more than --max-spill bytes
+per thread (loads and stores together).
 """
 
 import argparse
@@ -17,7 +18,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-COLUMNS = ("kernel", "variant", "arch", "registers", "spill_bytes", "shared_bytes", "instructions", "triton", "commit")
+COLUMNS = (
+    "kernel", "variant", "arch", "registers", "spill_bytes", "shared_bytes", "instructions", "byte_accesses", "triton",
+    "commit",
+)  # fmt: skip
 
 
 def main() -> int:
@@ -59,6 +63,7 @@ def compile_variant(variant: Any, arch: int) -> dict[str, Any]:
     options = {"num_warps": variant.num_warps, **variant.options}
     kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     registers, spill_bytes = resource_usage(kernel.asm["cubin"])
+    instructions = opcodes(kernel.asm["cubin"])
     return {
         "kernel": variant.name,
         "variant": variant.variant,
@@ -67,6 +72,7 @@ def compile_variant(variant: Any, arch: int) -> dict[str, Any]:
         "spill_bytes": spill_bytes,
         "shared_bytes": kernel.metadata.shared,
         "instructions": fast_path_instructions(kernel.asm["cubin"]),
+        "byte_accesses": sum(re.fullmatch(r"(LD|ST)[GS].*\.[US]8", opcode) is not None for opcode in instructions),
         "triton": triton.__version__,
     }
 
@@ -98,6 +104,13 @@ def fast_path_instructions(cubin: bytes) -> int:
     return sum(len(block) for block in blocks if "CALL" not in block)
 
 
+def opcodes(cubin: bytes) -> list[str]:
+    """Every instruction of a compiled kernel without its operands; no padding."""
+    # /*00a0*/  @!P0 LDG.E.128 R4, desc[UR4][R2.64] ;
+    instruction = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
+    return [opcode for opcode in instruction.findall(cuda_tool("nvdisasm", cubin, "-c")) if opcode != "NOP"]
+
+
 def cuda_tool(name: str, cubin: bytes, option: str) -> str:
     """Output of one of the CUDA tools that triton ships, for a compiled kernel."""
     import triton
@@ -121,11 +134,13 @@ def source_commit() -> str:
 def print_table(rows: list[dict[str, Any]]) -> None:
     """Rows as aligned text."""
     width = max(len(row["variant"]) for row in rows)
-    print(f"{'kernel':22} {'variant':{width}} {'arch':>5} {'regs':>5} {'spill':>5} {'shared':>6} {'instr':>6}")
+    print(
+        f"{'kernel':22} {'variant':{width}} {'arch':>5} {'regs':>5} {'spill':>5} {'shared':>6} {'code':>6} {'byte':>5}"
+    )
     for row in rows:
         print(
             f"{row['kernel']:22} {row['variant']:{width}} sm_{row['arch']:<3} {row['registers']:>4} "
-            f"{row['spill_bytes']:>5} {row['shared_bytes']:>6} {row['instructions']:>6}"
+            f"{row['spill_bytes']:>5} {row['shared_bytes']:>6} {row['instructions']:>6} {row['byte_accesses']:>5}"
         )
 
 

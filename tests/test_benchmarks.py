@@ -5,20 +5,22 @@ import csv
 import pytest
 import torch
 
+from aotrain.recipes import RECIPES
 from benchmarks import float8, registry, run
 from benchmarks.case import Case
 
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(registry, "CPU_SHAPES", ((32, 64),))
+    monkeypatch.setattr(registry, "CPU_SHAPES", ((256, 512),))
 
 
 def test_rows_say_where_they_come_from(small, tmp_path, capsys):
     assert run.main(["scaled_cast", "--out", str(tmp_path), "--repeats", "3"]) == 0
     assert run.main(["scaled_cast", "--out", str(tmp_path), "--repeats", "3"]) == 0
     rows = list(csv.DictReader((tmp_path / "scaled_cast.csv").open()))
-    assert [row["case"] for row in rows] == 2 * ["scaled_cast-rowwise", "scaled_cast-rowwise-transposed", "copy"]
+    casts = [f"scaled_cast-{name}{way}" for name in registry.CASTS for way in ("", "-of-t", "-both")]
+    assert [row["case"] for row in rows] == 2 * [*casts, "copy"]
     for row in rows:
         assert float(row["q10_ms"]) <= float(row["median_ms"]) <= float(row["q90_ms"])
         assert float(row["gb_per_s"]) > 0
@@ -70,3 +72,20 @@ def test_float8_measures_our_recipes_beside_bfloat16(tmp_path, monkeypatch):
     names = [row["case"].removeprefix("float8-") for row in rows]
     assert names[:4] == ["bf16", "aotrain-tensorwise", "aotrain-rowwise", "aotrain-rowwise_with_gw_hp"]
     assert {row["shape"] for row in rows} == {"64x128x96"}
+
+
+def test_every_scaling_of_a_recipe_is_measured(small):
+    used = {s for r in RECIPES.values() for g in (r.output, r.grad_input, r.grad_weight) for s in (g.lhs, g.rhs) if s}
+    measured = {(s.element.name == "int8", s.block) for s in registry.CASTS.values()}
+    assert {(s.element.name == "int8", s.block) for s in used} == measured
+
+
+def test_bytes_that_a_cast_must_move(small):
+    cases = {case.name: case.bytes_moved for case in registry.scaled_cast_cases(torch.device("cpu"))}
+    elements, rows, columns = 256 * 512, 256, 512
+    assert cases["copy"] == 4 * elements
+    assert cases["scaled_cast-rowwise"] == 3 * elements + 4 * rows
+    assert cases["scaled_cast-rowwise-of-t"] == 5 * elements + 4 * columns
+    assert cases["scaled_cast-rowwise-both"] == 6 * elements + 4 * (rows + columns)
+    assert cases["scaled_cast-tensorwise"] == 5 * elements + 4
+    assert cases["scaled_cast-1x128-both"] == 4 * elements + 2 * 4 * elements / 128

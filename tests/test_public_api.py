@@ -36,8 +36,8 @@ PUBLIC = {
         "auto_filter_for_recipe",
         "conversion_report",
         "convert_to_float8_training",
-        "precompute_float8_dynamic_scale_for_fsdp",
         "make_plan",
+        "precompute_float8_dynamic_scale_for_fsdp",
         "save_products",
         "unconvert",
     ],
@@ -72,6 +72,7 @@ PUBLIC = {
         "float8_problem",
         "native_scaled_mm_problem",
         "scaled_cast",
+        "scaled_cast_both",
         "scaled_mm",
     ],
 }
@@ -99,5 +100,5 @@ def test_custom_ops_are_registered_once_and_have_schemas():
     import aotrain.kernels
 
     assert aotrain.kernels.scaled_cast is not None
-    for op in (torch.ops.aotrain.scaled_cast, torch.ops.aotrain.scaled_mm):
+    for op in (torch.ops.aotrain.scaled_cast, torch.ops.aotrain.scaled_cast_both, torch.ops.aotrain.scaled_mm):
         assert not op.default._schema.is_mutable

@@ -5,7 +5,14 @@ strings. Each op has a schema, a fake implementation for tracing, a plain-torch 
 device, and, where there is one, a faster implementation for CUDA (Triton) or CPU (C++).
 """
 
-from aotrain.kernels.scaled_cast import cast_kernel_gap, scaled_cast
+from aotrain.kernels.scaled_cast import cast_kernel_gap, scaled_cast, scaled_cast_both
 from aotrain.kernels.scaled_mm import float8_problem, native_scaled_mm_problem, scaled_mm
 
-__all__ = ["cast_kernel_gap", "float8_problem", "native_scaled_mm_problem", "scaled_cast", "scaled_mm"]
+__all__ = [
+    "cast_kernel_gap",
+    "float8_problem",
+    "native_scaled_mm_problem",
+    "scaled_cast",
+    "scaled_cast_both",
+    "scaled_mm",
+]

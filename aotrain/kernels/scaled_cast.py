@@ -1,14 +1,28 @@
-"""scaled_cast: quantize a high-precision matrix; bit-identical to `aotrain.formats.quantize`.
+"""scaled_cast: quantize a high-precision matrix, or it and its transposition; bit-identical to `formats.quantize`.
 
-On CUDA, rowwise scaling to e4m3fn and e5m2 is one fused Triton kernel. On CPU, float32 scales of these two formats
-are a C++ kernel (`_cast_cpu`) for every block shape. Everything else runs the definition itself.
+On CUDA, the elements, scales and blocks of the recipes run fused Triton kernels: rowwise in one read of a row-major
+matrix, all others by tiles (`kernels/triton/scaled_cast_tiles.py`). On CPU, float32 scales of e4m3fn, e5m2 and int8 are
+a C++ kernel (`_cast_cpu`) for every block shape. Everything else runs the definition itself.
 """
 
 import torch
 
-from aotrain.formats import ELEMENT_FORMATS, ROWWISE, SCALE_FORMATS, ScaledTensor, Scaling, quantize, scale_shape
+from aotrain.formats import (
+    BLOCKWISE_1X128,
+    BLOCKWISE_128X128,
+    COLWISE,
+    ELEMENT_FORMATS,
+    ROWWISE,
+    SCALE_FORMATS,
+    TENSORWISE,
+    ScaledTensor,
+    Scaling,
+    quantize,
+    scale_shape,
+)
+from aotrain.formats.scaling import Block
 from aotrain.kernels import _cast_cpu
-from aotrain.kernels._dispatch import triton_problem, warn_slow
+from aotrain.kernels._dispatch import FLOAT8_CAPABILITY, MIN_CAPABILITY, triton_problem, warn_slow
 from aotrain.kernels._library import LIBRARY
 
 LIBRARY.define(
@@ -16,7 +30,16 @@ LIBRARY.define(
     " -> (Tensor data, Tensor scale)",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
+LIBRARY.define(
+    "scaled_cast_both(Tensor x_hp, str element, str scale, int block_rows, int block_columns,"
+    " str element_t, str scale_t, int block_rows_t, int block_columns_t)"
+    " -> (Tensor data, Tensor scale, Tensor data_t, Tensor scale_t)",
+    tags=(torch.Tag.needs_fixed_stride_order,),
+)
 
+_KERNEL_BLOCKS = (TENSORWISE, ROWWISE, COLWISE, BLOCKWISE_1X128, BLOCKWISE_128X128)
+# Blocks that a transposition maps to themselves.
+_SYMMETRIC_BLOCKS = (TENSORWISE, BLOCKWISE_128X128)
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -42,6 +65,27 @@ def scaled_cast(x_hp: torch.Tensor, scaling: Scaling, *, amax: torch.Tensor | No
     return ScaledTensor(data, scale, scaling)
 
 
+def scaled_cast_both(x_hp: torch.Tensor, scaling: Scaling, scaling_t: Scaling) -> tuple[ScaledTensor, ScaledTensor]:
+    """`scaled_cast(x, scaling)` and `scaled_cast(x.t(), scaling_t)`, from one pass over x where there is a kernel.
+
+    Args:
+        x_hp: as for `scaled_cast`; the transposition exchanges its last two dimensions.
+        scaling: of x; its rounding must be "nearest".
+        scaling_t: of the transposition, in whose coordinates its block is; its rounding must be "nearest".
+
+    Returns:
+        The quantized x and the quantized transposition [..., columns, rows], both contiguous.
+    """
+    if scaling.rounding != "nearest" or scaling_t.rounding != "nearest":
+        raise ValueError("scaled_cast_both rounds to nearest; use formats.quantize with noise for stochastic rounding.")
+    data, scale, data_t, scale_t = torch.ops.aotrain.scaled_cast_both(
+        x_hp,
+        *(scaling.element.name, scaling.scale.name, *scaling.block),
+        *(scaling_t.element.name, scaling_t.scale.name, *scaling_t.block),
+    )
+    return ScaledTensor(data, scale, scaling), ScaledTensor(data_t, scale_t, scaling_t)
+
+
 def _reference(
     x_hp: torch.Tensor, element: str, scale: str, block_rows: int, block_columns: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,18 +106,28 @@ def _cuda(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The Triton kernel where there is one. Tests call it with CPU tensors under Triton's interpreter."""
     block = (block_rows, block_columns)
-    if x_hp.dim() < 2 or x_hp.dtype not in _KERNEL_DTYPES:
-        return _reference(x_hp, element, scale, *block)  # raises
-    reason = _kernel_gap(element, scale, block) or triton_problem(x_hp.device)
+    if x_hp.dim() < 2 or x_hp.dtype not in _KERNEL_DTYPES or x_hp.numel() == 0:
+        return _reference(x_hp, element, scale, *block)  # nothing to do, or raises
+    reason = _kernel_gap(element, scale, block) or triton_problem(x_hp.device, _capability(element))
     if reason is not None:
         warn_slow("scaled_cast", reason)
         return _reference(x_hp, element, scale, *block)
 
-    from aotrain.kernels.triton.scaled_cast import scaled_cast_rowwise
+    formats = ELEMENT_FORMATS[element], SCALE_FORMATS[scale]
+    row_major = not _is_column_major(x_hp)
+    if block == ROWWISE and row_major:
+        from aotrain.kernels.triton.scaled_cast import scaled_cast_rowwise
 
-    matrix = x_hp.reshape(x_hp.shape[:-1].numel(), x_hp.shape[-1])
-    data, row_scale = scaled_cast_rowwise(matrix, ELEMENT_FORMATS[element], SCALE_FORMATS[scale])
-    return data.view(x_hp.shape), row_scale.view(scale_shape(x_hp.shape, block))
+        data, x_scale = scaled_cast_rowwise(x_hp.reshape(x_hp.shape[:-1].numel(), x_hp.shape[-1]), *formats)
+    else:
+        from aotrain.kernels.triton.scaled_cast_tiles import scaled_cast_tiles
+
+        matrices = x_hp.reshape(-1, *x_hp.shape[-2:])
+        if row_major:
+            data, x_scale, _, _ = scaled_cast_tiles(matrices, block, None, *formats)
+        else:
+            _, _, data, x_scale = scaled_cast_tiles(matrices.mT, None, block, *formats)
+    return data.view(x_hp.shape), x_scale.view(scale_shape(x_hp.shape, block))
 
 
 def cast_kernel_gap(scaling: Scaling) -> str | None:
@@ -81,11 +135,20 @@ def cast_kernel_gap(scaling: Scaling) -> str | None:
     return _kernel_gap(scaling.element.name, scaling.scale.name, scaling.block)
 
 
-def _kernel_gap(element: str, scale: str, block: tuple[int, int]) -> str | None:
-    """What of this scaling the kernel does not do; None when it does all of it."""
-    if block != ROWWISE:
+def _capability(element: str) -> tuple[int, int]:
+    return MIN_CAPABILITY if element == "int8" else FLOAT8_CAPABILITY
+
+
+def _is_column_major(x: torch.Tensor) -> bool:
+    """Whether the elements of a column are contiguous and those of a row are not."""
+    return x.stride(-2) == 1 != x.stride(-1)
+
+
+def _kernel_gap(element: str, scale: str, block: Block) -> str | None:
+    """What of this scaling the kernels do not do; None when they do all of it."""
+    if block not in _KERNEL_BLOCKS:
         return f"there is no kernel for scale blocks of {block} yet"
-    if element not in ("float8_e4m3fn", "float8_e5m2"):
+    if element not in ("float8_e4m3fn", "float8_e5m2", "int8"):
         return f"there is no kernel for {element} yet"
     if scale not in ("float32", "float32_pow2"):
         return f"there is no kernel for {scale} scales yet"
@@ -100,7 +163,82 @@ def _fake(
     return data, x_hp.new_empty(shape, dtype=SCALE_FORMATS[scale].dtype)
 
 
+def _two_casts(
+    x_hp: torch.Tensor,
+    element: str,
+    scale: str,
+    block_rows: int,
+    block_columns: int,
+    element_t: str,
+    scale_t: str,
+    block_rows_t: int,
+    block_columns_t: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Whatever implements `scaled_cast` on the device, once for both where a transposition has the same codes."""
+    want, want_t = (element, scale, block_rows, block_columns), (element_t, scale_t, block_rows_t, block_columns_t)
+    data, x_scale = torch.ops.aotrain.scaled_cast(x_hp, *want)
+    if want == want_t and want[2:] in _SYMMETRIC_BLOCKS:
+        return data, x_scale, *(x.mT.clone(memory_format=torch.contiguous_format) for x in (data, x_scale))
+    return data, x_scale, *torch.ops.aotrain.scaled_cast(x_hp.mT, *want_t)
+
+
+def _cuda_both(
+    x_hp: torch.Tensor,
+    element: str,
+    scale: str,
+    block_rows: int,
+    block_columns: int,
+    element_t: str,
+    scale_t: str,
+    block_rows_t: int,
+    block_columns_t: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One kernel for both where there is one; where there is none, `scaled_cast` says so."""
+    want, want_t = (element, scale, (block_rows, block_columns)), (element_t, scale_t, (block_rows_t, block_columns_t))
+    one_pass = (
+        *(want[:2] == want_t[:2], x_hp.dim() >= 2, x_hp.dtype in _KERNEL_DTYPES, x_hp.numel() > 0),
+        *(_kernel_gap(*want) is None, _kernel_gap(*want_t) is None),
+        triton_problem(x_hp.device, _capability(element)) is None,
+    )
+    if not all(one_pass):
+        return _two_casts(x_hp, element, scale, *want[2], element_t, scale_t, *want_t[2])
+
+    from aotrain.kernels.triton.scaled_cast_tiles import scaled_cast_tiles
+
+    formats = ELEMENT_FORMATS[element], SCALE_FORMATS[scale]
+    matrices = x_hp.reshape(-1, *x_hp.shape[-2:])
+    if _is_column_major(x_hp):
+        data_t, x_scale_t, data, x_scale = scaled_cast_tiles(matrices.mT, want_t[2], want[2], *formats)
+    else:
+        data, x_scale, data_t, x_scale_t = scaled_cast_tiles(matrices, want[2], want_t[2], *formats)
+    shape_t = x_hp.mT.shape
+    return (
+        *(data.view(x_hp.shape), x_scale.view(scale_shape(x_hp.shape, want[2]))),
+        *(data_t.view(shape_t), x_scale_t.view(scale_shape(shape_t, want_t[2]))),
+    )
+
+
+def _fake_both(
+    x_hp: torch.Tensor,
+    element: str,
+    scale: str,
+    block_rows: int,
+    block_columns: int,
+    element_t: str,
+    scale_t: str,
+    block_rows_t: int,
+    block_columns_t: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    return (
+        *_fake(x_hp, element, scale, block_rows, block_columns),
+        *_fake(x_hp.mT, element_t, scale_t, block_rows_t, block_columns_t),
+    )
+
+
 LIBRARY.impl("scaled_cast", _reference, "CompositeExplicitAutograd")
 LIBRARY.impl("scaled_cast", _cpu, "CPU")
 LIBRARY.impl("scaled_cast", _cuda, "CUDA")
 torch.library.register_fake("aotrain::scaled_cast", _fake, lib=LIBRARY)
+LIBRARY.impl("scaled_cast_both", _two_casts, "CompositeExplicitAutograd")
+LIBRARY.impl("scaled_cast_both", _cuda_both, "CUDA")
+torch.library.register_fake("aotrain::scaled_cast_both", _fake_both, lib=LIBRARY)

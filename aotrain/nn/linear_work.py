@@ -6,11 +6,9 @@ them for a recipe. A test compares the list with the casts of a real forward and
 
 from dataclasses import dataclass
 
-from aotrain.formats import BLOCKWISE_1X128, BLOCKWISE_128X128, ROWWISE, TENSORWISE, Scaling
+from aotrain.formats import BLOCKWISE_1X128, ROWWISE, TENSORWISE, Scaling
 from aotrain.formats.scaling import Block
 from aotrain.recipes import HIGH_PRECISION, GemmRecipe, LinearRecipe
-
-_SYMMETRIC_BLOCKS = (TENSORWISE, BLOCKWISE_128X128)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +20,14 @@ class Cast:
         columns: of it; the contracted dimension.
         scaling: target format; None for the transposition of 8-bit codes that exist already.
         transposed: whether the matrix is read column by column.
+        scaling_t: target format of the transposition, if the same pass quantizes that too.
     """
 
     rows: int
     columns: int
     scaling: Scaling | None
     transposed: bool
+    scaling_t: Scaling | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,21 +61,23 @@ def linear_casts(
         save_for_backward: as for `scaled_linear`.
     """
     output, grad_input, grad_weight = recipe.output, recipe.grad_input, recipe.grad_weight
-    casts: list[Cast] = []
-    if output.lhs is not None:
-        casts += [Cast(m, k, output.lhs, False), Cast(n, k, output.rhs, False)]
-    input_reused = _transposes_to(output.lhs, grad_weight.rhs) and save_for_backward == "quantized"
-    if grad_weight.rhs is not None and save_for_backward == "quantized" and not input_reused:
+    keep_codes = save_for_backward == "quantized"
+    casts = _operand(m, k, output.lhs, grad_weight.rhs if keep_codes else None)
+    if output.rhs is not None:
+        casts.append(Cast(n, k, output.rhs, False))
+    casts += _operand(m, n, grad_input.lhs, grad_weight.lhs)
+    if grad_input.rhs is not None:
+        casts.append(Cast(k, n, grad_input.rhs, True))
+    if grad_weight.rhs is not None and not keep_codes:
         casts.append(Cast(k, m, grad_weight.rhs, True))
-    if grad_input.lhs is not None:
-        casts += [Cast(m, n, grad_input.lhs, False), Cast(k, n, grad_input.rhs, True)]
-    if grad_weight.lhs is not None:
-        casts.append(Cast(n, m, None if _transposes_to(grad_input.lhs, grad_weight.lhs) else grad_weight.lhs, True))
-        if input_reused:
-            casts.append(Cast(k, m, None, True))
-        elif save_for_backward == "high_precision":
-            casts.append(Cast(k, m, grad_weight.rhs, True))
     return tuple(casts)
+
+
+def _operand(rows: int, columns: int, scaling: Scaling | None, scaling_t: Scaling | None) -> list[Cast]:
+    """Casts of a matrix and of its transposition, each where it has a scaling."""
+    if scaling is not None:
+        return [Cast(rows, columns, scaling, False, scaling_t)]
+    return [] if scaling_t is None else [Cast(columns, rows, scaling_t, True)]
 
 
 def gemm_block(gemm: GemmRecipe) -> Block:
@@ -87,8 +89,3 @@ def gemm_block(gemm: GemmRecipe) -> Block:
         if block in blocks:
             return block
     return TENSORWISE
-
-
-def _transposes_to(scaling: Scaling | None, of_transposed: Scaling | None) -> bool:
-    """Whether quantized codes can be transposed instead of quantizing the transposed matrix."""
-    return scaling is not None and scaling == of_transposed and scaling.block in _SYMMETRIC_BLOCKS

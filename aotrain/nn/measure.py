@@ -21,7 +21,7 @@ import torch
 
 import aotrain.kernels
 from aotrain.formats import INT8
-from aotrain.kernels import native_scaled_mm_problem, scaled_cast, scaled_mm
+from aotrain.kernels import native_scaled_mm_problem, scaled_cast, scaled_cast_both, scaled_mm
 from aotrain.nn.linear_work import Cast, Gemm, gemm_block
 from aotrain.recipes import LinearRecipe
 
@@ -76,7 +76,8 @@ class Measured:
 
     def cast(self, cast: Cast) -> float:
         what = cast.scaling if cast.scaling is not None else "codes"
-        key = f"cast {cast.rows}x{cast.columns} {what} transposed={cast.transposed}"
+        both = f" and {cast.scaling_t} of its transposition" if cast.scaling_t is not None else ""
+        key = f"cast {cast.rows}x{cast.columns} {what} transposed={cast.transposed}{both}"
         return self._measured(key, lambda: self._time_cast(cast))
 
     def problem(self, recipe: LinearRecipe) -> str | None:
@@ -113,6 +114,9 @@ class Measured:
         if scaling is None:
             codes = x.to(torch.int8)
             return factor * self._time(lambda: codes.clone(memory_format=torch.contiguous_format))
+        scaling_t = cast.scaling_t
+        if scaling_t is not None:
+            return factor * self._time(lambda: scaled_cast_both(x, scaling, scaling_t))
         return factor * self._time(lambda: scaled_cast(x, scaling))
 
     def _randn(self, rows: int, columns: int) -> torch.Tensor:

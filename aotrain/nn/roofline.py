@@ -100,6 +100,10 @@ class Roofline:
         size = cast.rows * cast.columns
         if cast.scaling is None:
             return self._move(2 * size) + self.factors.kernel_fixed
+        if cast.scaling_t is not None:
+            # Scales that reach across the matrix, one way or the other, need its maxima first.
+            passes = 2 if {TENSORWISE, ROWWISE} & {cast.scaling.block, cast.scaling_t.block} else 1
+            return self._move((2 * passes + 2) * size) + passes * self.factors.kernel_fixed
         if cast.scaling.block == TENSORWISE:  # maximum, then cast
             return self._move(2 * size + 3 * size) + 2 * self.factors.kernel_fixed
         return self._move(_bytes_per_element(cast, cast.scaling) * size) + self.factors.kernel_fixed

@@ -153,9 +153,21 @@ class _Casts:
     weight_splits: Splits
 
     def operand(
-        self, x: torch.Tensor, scaling: Scaling, *, operand: Literal["input", "grad_output"], transposed: bool
-    ) -> ScaledTensor:
+        self,
+        x: torch.Tensor,
+        scaling: Scaling | None,
+        scaling_t: Scaling | None,
+        *,
+        operand: Literal["input", "grad_output"],
+    ) -> tuple[ScaledTensor | None, ScaledTensor | None]:
         """See `aotrain.ops.OperandCasts`."""
+        q = None if scaling is None else self._one(x, scaling, operand, transposed=False)
+        if scaling_t is None:
+            return q, None
+        t = transpose_quantized(q) if q is not None and scaling == scaling_t else None
+        return q, self._one(x, scaling_t, operand, transposed=True) if t is None else t
+
+    def _one(self, x: torch.Tensor, scaling: Scaling, operand: str, *, transposed: bool) -> ScaledTensor:
         if operand == "input" and self.codes is not None and self.codes.scaling == scaling:
             found = transpose_quantized(self.codes) if transposed else self.codes
             assert found is not None

@@ -5,8 +5,8 @@
     grad_weight[N, K] = g.T @ x        backward
 
 Each product quantizes its own two operands as its `GemmRecipe` says; a product without a recipe runs in the input's
-dtype. Where both uses of the input or of the gradient have the same scales (one per tensor), it is quantized once and
-its codes are transposed.
+dtype. Where the gradient, or the input that is kept quantized, is needed both as it is and transposed, one
+`scaled_cast_both` reads it once for both.
 
 What is kept for backward is the choice of the caller, and changes no bit of the result:
 
@@ -25,7 +25,7 @@ from typing import Any, Literal, Protocol, cast, runtime_checkable
 import torch
 
 from aotrain.formats import BLOCKWISE_128X128, TENSORWISE, ScaledTensor, Scaling
-from aotrain.kernels import scaled_cast, scaled_mm
+from aotrain.kernels import scaled_cast, scaled_cast_both, scaled_mm
 from aotrain.recipes import GemmRecipe, LinearRecipe
 
 SAVE_FOR_BACKWARD = ("high_precision", "quantized")
@@ -61,17 +61,31 @@ class OperandCasts(Protocol):
     """How the input and the gradient of the output are cast; with scales of more rows than are here, for instance."""
 
     def __call__(
-        self, x: torch.Tensor, scaling: Scaling, *, operand: Literal["input", "grad_output"], transposed: bool
-    ) -> ScaledTensor:
-        """The operand x [M, K] or [M, N], or its transposition, quantized."""
+        self,
+        x: torch.Tensor,
+        scaling: Scaling | None,
+        scaling_t: Scaling | None,
+        *,
+        operand: Literal["input", "grad_output"],
+    ) -> tuple[ScaledTensor | None, ScaledTensor | None]:
+        """The operand x [M, K] or [M, N] by `scaling`, and its transposition by `scaling_t`, each where it has one."""
         ...
 
 
 def cast_operand(
-    x: torch.Tensor, scaling: Scaling, *, operand: Literal["input", "grad_output"], transposed: bool
-) -> ScaledTensor:
-    """`OperandCasts` with scales of what is here."""
-    return scaled_cast(x.t() if transposed else x, scaling)
+    x: torch.Tensor,
+    scaling: Scaling | None,
+    scaling_t: Scaling | None,
+    *,
+    operand: Literal["input", "grad_output"],
+) -> tuple[ScaledTensor | None, ScaledTensor | None]:
+    """`OperandCasts` with scales of what is here; what is needed both ways is read once."""
+    if scaling is not None and scaling_t is not None:
+        return scaled_cast_both(x, scaling, scaling_t)
+    return (
+        None if scaling is None else scaled_cast(x, scaling),
+        None if scaling_t is None else scaled_cast(x.t(), scaling_t),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,24 +155,18 @@ class _ScaledLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, options: _Options) -> torch.Tensor:
-        output, grad_weight = options.recipe.output, options.recipe.grad_weight
-        x_q: ScaledTensor | None = None
-        if output.lhs is None or output.rhs is None:
+        output = options.recipe.output
+        keep_codes = ctx.needs_input_grad[1] and options.save_for_backward == "quantized"
+        scaling_t = options.recipe.grad_weight.rhs if keep_codes else None
+        x_q, x_t = options.operand_casts(x, output.lhs, scaling_t, operand="input")
+        if x_q is None or output.rhs is None:
             y = x @ weight.to(x.dtype).t()
         else:
-            x_q = options.operand_casts(x, output.lhs, operand="input", transposed=False)
             w_q = options.weight_casts(weight, output.rhs, transposed=False)
             y = _product(x_q, w_q, output, x.dtype, options)
-        # In the order of `_Saved`: x or its codes, their scale, the weight.
-        kept: list[torch.Tensor | None] = [None, None, weight if ctx.needs_input_grad[0] else None]
-        if ctx.needs_input_grad[1]:
-            kept[0] = x
-            if options.save_for_backward == "quantized" and grad_weight.rhs is not None:
-                same = x_q is not None and _same_codes(x_q.scaling, grad_weight.rhs)
-                if x_q is None or not same:
-                    x_q = options.operand_casts(x, grad_weight.rhs, operand="input", transposed=True)
-                kept[:2] = x_q[:2]
-        ctx.save_for_backward(*kept)
+        # x, or the codes of its transposition and their scale; the weight.
+        kept = (None, None) if not ctx.needs_input_grad[1] else (x, None) if x_t is None else x_t[:2]
+        ctx.save_for_backward(*kept, weight if ctx.needs_input_grad[0] else None)
         ctx.options, ctx.dtypes = options, (x.dtype, weight.dtype)
         return y
 
@@ -168,21 +176,28 @@ class _ScaledLinear(torch.autograd.Function):
         options: _Options = ctx.options
         x, x_scale, weight = ctx.saved_tensors
         grad_input_recipe, grad_weight_recipe = options.recipe.grad_input, options.recipe.grad_weight
-        grad_q: ScaledTensor | None = None
+        grad_q, grad_t = options.operand_casts(
+            grad,
+            grad_input_recipe.lhs if ctx.needs_input_grad[0] else None,
+            grad_weight_recipe.lhs if ctx.needs_input_grad[1] else None,
+            operand="grad_output",
+        )
         grad_input = grad_weight = None
         if ctx.needs_input_grad[0]:
-            if grad_input_recipe.lhs is None or grad_input_recipe.rhs is None:
+            if grad_q is None or grad_input_recipe.rhs is None:
                 grad_input = (grad @ weight.to(grad.dtype)).to(ctx.dtypes[0])
             else:
-                grad_q = options.operand_casts(grad, grad_input_recipe.lhs, operand="grad_output", transposed=False)
                 w_q = options.weight_casts(weight, grad_input_recipe.rhs, transposed=True)
                 grad_input = _product(grad_q, w_q, grad_input_recipe, ctx.dtypes[0], options)
         if ctx.needs_input_grad[1]:
-            if grad_weight_recipe.lhs is None or grad_weight_recipe.rhs is None:
+            scaling = grad_weight_recipe.rhs
+            if grad_t is None or scaling is None:
                 grad_weight = (grad.t() @ x.to(grad.dtype)).to(ctx.dtypes[1])
             else:
-                grad_t = _transposed_grad(grad, grad_q, grad_weight_recipe.lhs, options)
-                x_t = _saved_input(x, x_scale, options)
+                x_t = None if x_scale is None else ScaledTensor(x, x_scale, scaling)
+                if x_t is None:
+                    _, x_t = options.operand_casts(x, None, scaling, operand="input")
+                assert x_t is not None
                 grad_weight = _product(grad_t, x_t, grad_weight_recipe, ctx.dtypes[1], options)
         return grad_input, grad_weight, None
 
@@ -193,33 +208,8 @@ def _product(
     return scaled_mm(lhs, rhs, out_dtype, fast_accum=recipe.fast_accum, emulate=options.emulate)
 
 
-def _same_codes(scaling: Scaling | None, of_transposed: Scaling) -> bool:
-    """Whether the codes of a matrix are those of its transposition."""
-    return scaling == of_transposed and of_transposed.block in _SYMMETRIC_BLOCKS
-
-
 def transpose_quantized(q: ScaledTensor) -> ScaledTensor | None:
     """The quantized transposition of a matrix from the quantized matrix; None where it has other scales."""
     if q.scaling.block not in _SYMMETRIC_BLOCKS:
         return None
     return ScaledTensor(q.data.t().contiguous(), q.scale.t().contiguous(), q.scaling)
-
-
-def _transposed_grad(grad: torch.Tensor, q: ScaledTensor | None, scaling: Scaling, options: _Options) -> ScaledTensor:
-    """The quantized transposition of the gradient, from q, which is the gradient quantized, where that is possible."""
-    reused = transpose_quantized(q) if q is not None and q.scaling == scaling else None
-    if reused is not None:
-        return reused
-    return options.operand_casts(grad, scaling, operand="grad_output", transposed=True)
-
-
-def _saved_input(x: torch.Tensor, scale: torch.Tensor | None, options: _Options) -> ScaledTensor:
-    """x.T [K, M] quantized for grad_weight, from what forward kept."""
-    recipe = options.recipe
-    scaling = recipe.grad_weight.rhs
-    assert scaling is not None
-    if scale is None:
-        return options.operand_casts(x, scaling, operand="input", transposed=True)
-    kept = ScaledTensor(x, scale, scaling)
-    transposed = transpose_quantized(kept) if _same_codes(recipe.output.lhs, scaling) else None
-    return kept if transposed is None else transposed

@@ -23,6 +23,8 @@ def assert_bitwise_equal(actual: torch.Tensor, expected: torch.Tensor, *, what: 
     """
     assert actual.dtype == expected.dtype, f"{what}: dtype {actual.dtype}, want {expected.dtype}"
     assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, want {tuple(expected.shape)}"
+    if actual.device != expected.device:
+        actual, expected = actual.cpu(), expected.cpu()
     actual_bits, expected_bits = _bits(actual), _bits(expected)
     differs = actual_bits != expected_bits
     if not differs.any():
@@ -36,4 +38,4 @@ def assert_bitwise_equal(actual: torch.Tensor, expected: torch.Tensor, *, what: 
 
 
 def _bits(x: torch.Tensor) -> torch.Tensor:
-    return x.detach().cpu().contiguous().view(_INT_OF_SIZE[x.element_size()])
+    return x.detach().contiguous().view(_INT_OF_SIZE[x.element_size()])

@@ -7,6 +7,7 @@ import torch
 
 from aotrain.formats import (
     BLOCKWISE_1X32,
+    BLOCKWISE_1X128,
     BLOCKWISE_128X128,
     COLWISE,
     ELEMENT_FORMATS,
@@ -19,10 +20,12 @@ from aotrain.formats import (
     scale_shape,
 )
 from aotrain.kernels import _dispatch, scaled_cast
-from aotrain.kernels.scaled_cast import _cuda
+from aotrain.kernels.scaled_cast import _capability, _cuda
+from aotrain.recipes import RECIPES
 from aotrain.testing import adversarial_matrix, assert_bitwise_equal
 
 BLOCKS = [TENSORWISE, ROWWISE, COLWISE, BLOCKWISE_1X32, BLOCKWISE_128X128]
+KERNEL_BLOCKS = [TENSORWISE, ROWWISE, COLWISE, BLOCKWISE_1X128, BLOCKWISE_128X128]
 SCALINGS = [
     Scaling(element=element, scale=scale, block=block)
     for element in ELEMENT_FORMATS.values()
@@ -98,21 +101,40 @@ def test_stochastic_rounding_is_refused() -> None:
 
 
 @pytest.mark.usefixtures("interpreter")
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
-def test_gpu_implementation_runs_the_kernel_on_any_shape(shape: tuple[int, ...]) -> None:
-    x = torch.randn(shape)
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 3, 130, 5)], ids=lambda shape: "x".join(map(str, shape)))
+@pytest.mark.parametrize("transposed", [False, True], ids=["row-major", "column-major"])
+@pytest.mark.parametrize("block", KERNEL_BLOCKS, ids=str)
+def test_gpu_implementation_runs_the_kernel_on_any_shape(
+    block: tuple[int, int], transposed: bool, shape: tuple[int, ...]
+) -> None:
+    x = torch.randn(shape).mT if transposed else torch.randn(shape)
+    scaling = Scaling(element=FLOAT8_E4M3, block=block)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        data, scale = _call_cuda(x, ROWWISE_E4M3)
-    expected = quantize(x, ROWWISE_E4M3)
+        data, scale = _call_cuda(x, scaling)
+    expected = quantize(x.contiguous(), scaling)
     assert_bitwise_equal(data, expected.data)
     assert_bitwise_equal(scale, expected.scale)
+    assert data.is_contiguous()
+    assert scale.is_contiguous()
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("name", RECIPES)
+def test_gpu_implementation_has_a_kernel_for_every_cast_of_the_recipe(name: str) -> None:
+    x = torch.randn(40, 36).bfloat16()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for gemm in (RECIPES[name].output, RECIPES[name].grad_input, RECIPES[name].grad_weight):
+            for scaling in filter(None, (gemm.lhs, gemm.rhs)):
+                for operand in (x, x.t()):
+                    assert_bitwise_equal(_call_cuda(operand, scaling)[0], quantize(operand.contiguous(), scaling).data)
 
 
 @pytest.mark.parametrize(
     ("scaling", "reason"),
     [
-        (Scaling(element=FLOAT8_E4M3, block=TENSORWISE), r"blocks of \(-1, -1\)"),
+        (Scaling(element=FLOAT8_E4M3, block=BLOCKWISE_1X32), r"blocks of \(1, 32\)"),
         (Scaling(element=ELEMENT_FORMATS["float8_e4m3fnuz"], block=ROWWISE), "float8_e4m3fnuz"),
         (Scaling(element=FLOAT8_E4M3, scale=SCALE_FORMATS["e8m0_floor"], block=ROWWISE), "e8m0_floor scales"),
     ],
@@ -141,10 +163,25 @@ def test_gpu_implementation_rejects_what_the_definition_rejects() -> None:
         _call_cuda(torch.randn(32), ROWWISE_E4M3)
 
 
+def test_float8_kernels_need_ada_and_int8_kernels_ampere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA A100")
+    monkeypatch.setattr(torch.version, "hip", None)
+    for capability, problems in (((8, 9), (False, False)), ((8, 0), (True, False)), ((7, 5), (True, True))):
+        _dispatch._cuda_problem.cache_clear()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index, capability=capability: capability)
+        for element, problem in zip(("float8_e4m3fn", "int8"), problems, strict=True):
+            reason = _dispatch.triton_problem(torch.device("cuda", 0), _capability(element))
+            assert (reason is not None) == problem
+    assert "A100 has compute capability 7.5, the kernel needs 8.0" in str(reason)
+    _dispatch._cuda_problem.cache_clear()
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("block", KERNEL_BLOCKS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
-def test_on_a_gpu(shape: tuple[int, ...]) -> None:
-    x = torch.randn(shape)
-    actual, expected = scaled_cast(x.cuda(), ROWWISE_E4M3), quantize(x, ROWWISE_E4M3)
-    assert_bitwise_equal(actual.data.cpu(), expected.data)
-    assert_bitwise_equal(actual.scale.cpu(), expected.scale)
+def test_on_a_gpu(shape: tuple[int, ...], block: tuple[int, int]) -> None:
+    x, scaling = torch.randn(shape), Scaling(element=FLOAT8_E4M3, block=block)
+    for operand in (x, x.mT):
+        actual, expected = scaled_cast(operand.cuda(), scaling), quantize(operand.contiguous(), scaling)
+        assert_bitwise_equal(actual.data.cpu(), expected.data)
+        assert_bitwise_equal(actual.scale.cpu(), expected.scale)

@@ -20,7 +20,7 @@ class Recorder:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.casts: list[Cast] = []
         self.products: list[tuple[int, int, int]] = []
-        self._real = {name: getattr(module, name) for name in ("scaled_cast", "scaled_mm", "transpose_quantized")}
+        self._real = {name: getattr(module, name) for name in ("scaled_cast", "scaled_cast_both", "scaled_mm")}
         for name in self._real:
             monkeypatch.setattr(module, name, getattr(self, name))
 
@@ -32,11 +32,9 @@ class Recorder:
         self.products.append((a.data.shape[0], b.data.shape[0], a.data.shape[1]))
         return self._real["scaled_mm"](a, b, *args, **options)
 
-    def transpose_quantized(self, q: ScaledTensor) -> ScaledTensor | None:
-        result = self._real["transpose_quantized"](q)
-        if result is not None:
-            self.casts.append(Cast(*result.data.shape, None, True))
-        return result
+    def scaled_cast_both(self, x: torch.Tensor, scaling: Scaling, scaling_t: Scaling) -> tuple[ScaledTensor, ...]:
+        self.casts.append(Cast(*x.shape, scaling, not x.is_contiguous(), scaling_t))
+        return self._real["scaled_cast_both"](x, scaling, scaling_t)
 
 
 @pytest.mark.parametrize("save_for_backward", ["high_precision", "quantized"])

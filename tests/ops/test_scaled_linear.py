@@ -209,16 +209,27 @@ def test_unknown_choice_of_what_to_keep():
         scaled_linear(x, w, None, RECIPES["float8_rowwise"], save_for_backward="fp8")
 
 
-def test_operands_with_the_same_scales_in_both_products_are_cast_once(monkeypatch):
+def test_operands_that_both_products_need_are_read_once(monkeypatch):
     module = import_module("aotrain.ops.scaled_linear")
     casts = []
-    original = module.scaled_cast
-    monkeypatch.setattr(module, "scaled_cast", lambda x, scaling: casts.append(tuple(x.shape)) or original(x, scaling))
+
+    def recording(name: str, original):
+        return lambda x, *scalings: casts.append((name, tuple(x.shape))) or original(x, *scalings)
+
+    for name in ("scaled_cast", "scaled_cast_both"):
+        monkeypatch.setattr(module, name, recording(name, getattr(module, name)))
     x, w, grad = operands(6, 32, 16)
-    y = scaled_linear(x, w, None, RECIPES["float8_tensorwise"], save_for_backward="quantized")
-    torch.autograd.grad(y, (x, w), grad)
-    assert casts == [(6, 32), (16, 32), (6, 16), (32, 16)]  # x, w, gradient, and w transposed: nothing keeps its codes
-    casts.clear()
-    y = scaled_linear(x, w, None, RECIPES["float8_rowwise"])
-    torch.autograd.grad(y, (x, w), grad)
-    assert casts == [(6, 32), (16, 32), (6, 16), (32, 16), (16, 6), (32, 6)]
+    weights = [("scaled_cast", (16, 32)), ("scaled_cast", (32, 16))]  # as it is and transposed: nothing keeps its codes
+    for recipe in ("float8_tensorwise", "float8_rowwise", "float8_blockwise", "int8_rowwise"):
+        for mode, of_x in (("quantized", "scaled_cast_both"), ("high_precision", "scaled_cast")):
+            casts.clear()
+            y = scaled_linear(x, w, None, RECIPES[recipe], save_for_backward=mode)
+            torch.autograd.grad(y, (x, w), grad)
+            expected = [(of_x, (6, 32)), weights[0], ("scaled_cast_both", (6, 16)), weights[1]]
+            assert casts == expected + ([("scaled_cast", (32, 6))] if mode == "high_precision" else [])
+    # The gradient of one operand only needs the output's gradient one way.
+    for needed in ((x, w.detach()), (x.detach(), w)):
+        casts.clear()
+        y = scaled_linear(*needed, None, RECIPES["float8_rowwise"], save_for_backward="quantized")
+        torch.autograd.grad(y, [t for t in needed if t.requires_grad], grad)
+        assert [name for name, shape in casts if sorted(shape) == [6, 16]] == ["scaled_cast"]

@@ -15,6 +15,8 @@ _EXPONENT_MASK = tl.constexpr(0x7F800000)
 _NAN_BITS = tl.constexpr(0x7FC00000)
 # The positive quiet NaN of both e4m3fn and e5m2.
 _FLOAT8_NAN_CODE = tl.constexpr(0x7F)
+# 1.5 * 2^23: float32 numbers of this size have a spacing of 1, on both sides.
+_SPACING_OF_ONE = tl.constexpr(12582912.0)
 
 
 @triton.jit
@@ -51,11 +53,13 @@ def scales_from_amax_bits(
 
 @triton.jit
 def saturating_cast(x, ELEMENT: tl.constexpr, ELEMENT_MAX: tl.constexpr):
-    """formats.round_nearest for e4m3fn and e5m2: x is float32, the result has the type ELEMENT.
+    """formats.round_nearest for e4m3fn, e5m2 and int8: x is float32, the result has the type ELEMENT.
 
-    The clamp ignores NaN and the code of a NaN is stored explicitly, so the result depends on neither the sign of an
-    invalid operation's NaN (negative on x86, positive on a GPU) nor on what the conversion instruction makes of it.
+    The clamp turns every NaN into the one quiet NaN of the hardware, whatever its sign (an invalid operation's is
+    negative on x86, positive on a GPU), and that one converts to code 0x7f. An integer is rounded, ties to even, by an
+    addition that leaves it in the low bits of the sum.
     """
-    clamped = tl.clamp(x, -ELEMENT_MAX, ELEMENT_MAX)
-    codes = clamped.to(ELEMENT).to(tl.uint8, bitcast=True)
-    return tl.where(x != x, tl.full(x.shape, _FLOAT8_NAN_CODE, tl.uint8), codes).to(ELEMENT, bitcast=True)
+    if ELEMENT == tl.int8:
+        clamped = tl.clamp(tl.where(x != x, 0.0, x), -ELEMENT_MAX, ELEMENT_MAX)
+        return (clamped + _SPACING_OF_ONE).to(tl.int32, bitcast=True).to(tl.int8)
+    return tl.clamp(x, -ELEMENT_MAX, ELEMENT_MAX, propagate_nan=tl.PropagateNan.ALL).to(ELEMENT)

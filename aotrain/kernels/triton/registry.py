@@ -10,13 +10,24 @@ from typing import Any
 
 import torch
 
-from aotrain.formats import FLOAT8_E4M3, FLOAT8_E5M2, SCALE_FORMATS
+from aotrain.formats import (
+    BLOCKWISE_1X128,
+    BLOCKWISE_128X128,
+    COLWISE,
+    ELEMENT_FORMATS,
+    ROWWISE,
+    SCALE_FORMATS,
+    TENSORWISE,
+    Scaling,
+)
+from aotrain.formats.scaling import Block
 from aotrain.kernels.adam import AdamScalars
-from aotrain.kernels.triton import _adam_launch, scaled_cast
+from aotrain.kernels.triton import _adam_launch, scaled_cast, scaled_cast_tiles
 from aotrain.kernels.triton._adam_launch import FLOAT32_BLOCK, Class
 from aotrain.kernels.triton.adam import adam_kernel
 
-_POINTER_OF_ELEMENT = {"float8_e4m3fn": "*fp8e4nv", "float8_e5m2": "*fp8e5"}
+_POINTER_OF_ELEMENT = {"float8_e4m3fn": "*fp8e4nv", "float8_e5m2": "*fp8e5", "int8": "*i8"}
+_AMAX_FLAGS = {"OF_TENSOR": TENSORWISE, "OF_ROWS": ROWWISE, "OF_COLUMNS": COLWISE}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,15 +59,11 @@ def scaled_cast_rowwise() -> Iterator[KernelVariant]:
     """All tiles for the training recipe's format from bfloat16; the other formats and dtypes at one tile each."""
     rows = [(config, True) for config in scaled_cast.ROW_MAJOR_CONFIGS] + [(scaled_cast.LONG_ROW_CONFIG, False)]
     for config, row_fits in rows:
-        yield _rowwise("bf16", "float8_e4m3fn", "float32_pow2", config, row_fits, row_major=True)
-    for row_fits in (True, False):
-        yield _rowwise(
-            "bf16", "float8_e4m3fn", "float32_pow2", scaled_cast.COLUMN_MAJOR_CONFIG, row_fits, row_major=False
-        )
+        yield _rowwise("bf16", "float8_e4m3fn", "float32_pow2", config, row_fits)
     middle = scaled_cast.ROW_MAJOR_CONFIGS[len(scaled_cast.ROW_MAJOR_CONFIGS) // 2]
     for dtype in ("bf16", "fp16", "fp32"):
         for element in _POINTER_OF_ELEMENT:
-            yield _rowwise(dtype, element, "float32", middle, True, row_major=True)
+            yield _rowwise(dtype, element, "float32", middle, True)
 
 
 def adam() -> Iterator[KernelVariant]:
@@ -72,7 +79,11 @@ def adam() -> Iterator[KernelVariant]:
     yield _adam("bf16", "dynamic8", 256, ragged._replace(ALIGNED=False, ROUNDING="stochastic"))
 
 
-KERNELS: tuple[Callable[[], Iterator[KernelVariant]], ...] = (scaled_cast_rowwise, adam)
+def amax() -> Iterator[KernelVariant]:
+    """The maxima that tensorwise, transposed rowwise, and rowwise both ways begin with."""
+    for blocks in ((TENSORWISE,), (COLWISE,), (ROWWISE, COLWISE)):
+        yield _amax("bf16", blocks)
+    yield _amax("fp32", (ROWWISE, COLWISE))
 
 
 def _adam(dtype: str, state: str, block_size: int, shared: Class) -> KernelVariant:
@@ -93,30 +104,140 @@ def _adam(dtype: str, state: str, block_size: int, shared: Class) -> KernelVaria
     )
 
 
-def _rowwise(
-    dtype: str, element: str, scale: str, config: scaled_cast.Config, row_fits: bool, row_major: bool
-) -> KernelVariant:
+def scaled_cast_of_tiles() -> Iterator[KernelVariant]:
+    """Each cast of each recipe from bfloat16; a number of rows that vectors do not fit; other formats and dtypes."""
+    for block, block_t in (
+        (TENSORWISE, None),
+        (None, TENSORWISE),
+        (TENSORWISE, TENSORWISE),
+        (None, ROWWISE),
+        (ROWWISE, ROWWISE),
+        (BLOCKWISE_1X128, None),
+        (None, BLOCKWISE_1X128),
+        (BLOCKWISE_1X128, BLOCKWISE_1X128),
+        (BLOCKWISE_128X128, None),
+        (None, BLOCKWISE_128X128),
+        (BLOCKWISE_128X128, BLOCKWISE_128X128),
+    ):
+        yield _tiles("bf16", "float8_e4m3fn", "float32_pow2", block, block_t)
+    for block in (TENSORWISE, ROWWISE, BLOCKWISE_1X128):
+        yield _tiles("bf16", "float8_e4m3fn", "float32_pow2", block, block, ragged=True)
+    yield _tiles("bf16", "float8_e4m3fn", "float32_pow2", ROWWISE, ROWWISE, long_offsets=True)
+    yield _tiles("bf16", "float8_e5m2", "float32", TENSORWISE, TENSORWISE)
+    yield _tiles("bf16", "int8", "float32", ROWWISE, ROWWISE)
+    for dtype in ("fp16", "fp32"):
+        yield _tiles(dtype, "float8_e4m3fn", "float32_pow2", ROWWISE, ROWWISE)
+
+
+KERNELS: tuple[Callable[[], Iterator[KernelVariant]], ...] = (
+    scaled_cast_rowwise,
+    amax,
+    scaled_cast_of_tiles,
+    adam,
+)
+
+
+def _rowwise(dtype: str, element: str, scale: str, config: scaled_cast.Config, row_fits: bool) -> KernelVariant:
     constants = {
-        **scaled_cast.kernel_constants(
-            {"float8_e4m3fn": FLOAT8_E4M3, "float8_e5m2": FLOAT8_E5M2}[element], SCALE_FORMATS[scale]
-        ),
+        **scaled_cast.kernel_constants(ELEMENT_FORMATS[element], SCALE_FORMATS[scale]),
         "ROW_FITS_TILE": row_fits,
         "BLOCK_M": config.block_m,
         "BLOCK_K": config.block_k,
     }
     pointers = {"x_ptr": f"*{dtype}", "data_ptr": _POINTER_OF_ELEMENT[element], "scale_ptr": "*fp32"}
-    sizes = dict.fromkeys(("M", "K", "stride_m", "stride_k"), "i32")
-    # The launcher turns a stride of 1 into a constant, which is what makes the loads of a row vectors.
-    unit_stride = "stride_k" if row_major else "stride_m"
-    constants[unit_stride] = 1
-    del sizes[unit_stride]
-    layout = "rows" if row_major else "columns"
+    return _variant(
+        "scaled_cast_rowwise",
+        f"{dtype}-{element}-{scale}-rows-{config.block_m}x{config.block_k}-{1 if row_fits else 2}pass",
+        scaled_cast._scaled_cast_rowwise_kernel,
+        pointers,
+        ("M", "K", "stride_m"),
+        constants,
+        config.num_warps,
+    )
+
+
+def _amax(dtype: str, blocks: tuple[Block, ...]) -> KernelVariant:
+    tile = scaled_cast_tiles.AMAX_TILE
+    wanted = {name: block in blocks for name, block in _AMAX_FLAGS.items()}
+    names = "-".join(name.removeprefix("OF_").lower() for name, on in wanted.items() if on)
+    return _variant(
+        "amax",
+        f"{dtype}-{names}",
+        scaled_cast_tiles._amax_kernel,
+        {"x_ptr": f"*{dtype}", **dict.fromkeys(("tensor_ptr", "rows_ptr", "columns_ptr"), "*i32")},
+        ("M", "K", "stride_b", "stride_m", "rows_per_program"),
+        wanted | {"LONG_OFFSETS": False, "BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k},
+        tile.num_warps,
+    )
+
+
+def _tiles(
+    dtype: str,
+    element: str,
+    scale: str,
+    block: Block | None,
+    block_t: Block | None,
+    *,
+    ragged: bool = False,
+    long_offsets: bool = False,
+) -> KernelVariant:
+    """`block` of the matrix and `block_t` of its transposition, each in its own coordinates; ragged: any M."""
+    data, amax = _POINTER_OF_ELEMENT[element], {True: "*i32", False: "*fp32"}
+    rows, columns = block or (0, 0)
+    columns_t, rows_t = block_t or (0, 0)
+    tile = scaled_cast_tiles.select_tile((rows, columns), (rows_t, columns_t), vectors=not ragged)
+    constants = {
+        **scaled_cast.kernel_constants(ELEMENT_FORMATS[element], SCALE_FORMATS[scale]),
+        **dict(zip(("ROWS", "COLUMNS", "ROWS_T", "COLUMNS_T"), (rows, columns, rows_t, columns_t), strict=True)),
+        "LONG_OFFSETS": long_offsets,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_K": tile.block_k,
+    }
+    pointers = {"x_ptr": f"*{dtype}", "data_ptr": data, "scale_ptr": "*fp32", "amax_ptr": amax[-1 in (rows, columns)]}
+    pointers |= {
+        "data_t_ptr": data,
+        "scale_t_ptr": "*fp32",
+        "amax_t_ptr": amax[-1 in (rows_t, columns_t) or columns_t == 1],
+    }
+    names = ([_block_name(block)] if block else []) + ([f"{_block_name(block_t)}-of-t"] if block_t else [])
+    names += ["ragged"] * ragged + ["long"] * long_offsets
+    return _variant(
+        "scaled_cast_tiles",
+        f"{dtype}-{element}-{scale}-{'-'.join(names)}",
+        scaled_cast_tiles._scaled_cast_tiles_kernel,
+        pointers,
+        ("M", "K", "stride_b", "stride_m"),
+        constants,
+        tile.num_warps,
+        unaligned=("M",) if ragged else (),
+    )
+
+
+def _block_name(block: Block) -> str:
+    return str(Scaling(element=ELEMENT_FORMATS["int8"], block=block)).rpartition("/")[2]
+
+
+def _variant(
+    name: str,
+    variant: str,
+    kernel: Any,
+    pointers: Mapping[str, str],
+    sizes: tuple[str, ...],
+    constants: Mapping[str, Any],
+    num_warps: int,
+    unaligned: tuple[str, ...] = (),
+) -> KernelVariant:
+    """A kernel of a row-major x, with all pointers and sizes multiples of 16 but for those that are `unaligned`.
+
+    The launcher turns the stride of 1 into a constant, which is what makes the loads of a row vectors.
+    """
+    constants = {**constants, "stride_k": 1}
     return KernelVariant(
-        name="scaled_cast_rowwise",
-        variant=f"{dtype}-{element}-{scale}-{layout}-{config.block_m}x{config.block_k}-{1 if row_fits else 2}pass",
-        kernel=scaled_cast._scaled_cast_rowwise_kernel,
-        signature=pointers | sizes | dict.fromkeys(constants, "constexpr"),
+        name=name,
+        variant=variant,
+        kernel=kernel,
+        signature={**pointers, **dict.fromkeys(sizes, "i32"), **dict.fromkeys(constants, "constexpr")},
         constants=constants,
-        aligned=(*pointers, *sizes),
-        num_warps=config.num_warps,
+        aligned=tuple(name for name in (*pointers, *sizes) if name not in unaligned),
+        num_warps=num_warps,
     )

@@ -4,13 +4,15 @@
     scale[m], inv_scale[m] from amax[m]            (formats.scales_from_amax)
     data[m, k]  = saturate(x[m, k] * inv_scale[m])
 
-Bytes per element of a 16-bit x: 2 read and 1 written, plus 4 per row for the scale. A row that fits a tile stays in
-registers between the maximum and the cast, so it is read once. A longer row (more than 16384 elements, or any row of a
-column-major x) is read twice by the same program, 5 bytes per element, of which the second read of a row-major x finds
-most of the row in the L2 cache: a row is 57 KB at 28672 columns. Splitting such a row over programs would need a second
-launch or a grid barrier between maximum and cast.
+Bytes per element of a 16-bit x: 2 read and 1 written, plus 4 per row for the scale: every element is read and every
+code written once. A row that fits a tile stays in registers between the maximum and the cast. A longer row (more than
+16384 elements) is read twice by the same program, 5 bytes per element, of which the second read finds most of the row
+in the L2 cache: a row is 57 KB at 28672 columns. Splitting such a row over programs would need a second launch or a
+grid barrier between maximum and cast.
 
-This file does not do other block shapes, E8M0 scales, the fnuz formats or a transposed copy.
+This file does not do other block shapes, E8M0 scales, the fnuz formats or a transposed copy. A column-major x is
+quantized by `scaled_cast_tiles`: its rows do not fit a program, and with whole rows in one program only a few programs
+would share the work.
 """
 
 import functools
@@ -33,8 +35,8 @@ class Config(NamedTuple):
     num_warps: int
 
 
-# For a row-major x: the first entry whose block_k covers K. Each keeps 32 elements per thread (four 16-byte loads of a
-# 16-bit type in flight) and at least 4096 elements per program. Chosen from compiled register counts
+# The first entry whose block_k covers K. Each keeps 32 elements per thread (four 16-byte loads of a 16-bit type in
+# flight) and at least 4096 elements per program. Chosen from compiled register counts
 # (benchmarks/results/aot_kernels.csv); not measured on a GPU yet.
 ROW_MAJOR_CONFIGS = (
     Config(32, 128, 4),
@@ -47,14 +49,12 @@ ROW_MAJOR_CONFIGS = (
 )
 # Two passes over rows longer than the last entry above.
 LONG_ROW_CONFIG = Config(1, 8192, 8)
-# x.t() of a contiguous matrix: 32 rows are 64 contiguous bytes of each column of a 16-bit type. Not measured yet.
-COLUMN_MAJOR_CONFIG = Config(32, 256, 8)
 
 
 @triton.jit
 def _scaled_cast_rowwise_kernel(
     x_ptr,  # [M, K], any strides
-    data_ptr,  # [M, K] contiguous, float8
+    data_ptr,  # [M, K] contiguous, 8-bit
     scale_ptr,  # [M] float32
     M,
     K,
@@ -106,8 +106,9 @@ def scaled_cast_rowwise(
     """Quantize each row of a matrix with its own scale.
 
     Args:
-        x_hp: [M, K] float32, bfloat16 or float16, any strides. CPU tensors work under TRITON_INTERPRET=1.
-        element: FLOAT8_E4M3 or FLOAT8_E5M2.
+        x_hp: [M, K] float32, bfloat16 or float16, any strides; fast where K is contiguous. CPU tensors work
+            under TRITON_INTERPRET=1.
+        element: FLOAT8_E4M3, FLOAT8_E5M2 or INT8.
         scale_format: `float32` or `float32_pow2`.
 
     Returns:
@@ -118,7 +119,7 @@ def scaled_cast_rowwise(
     scale = torch.empty(scale_shape(x_hp.shape, ROWWISE), dtype=torch.float32, device=x_hp.device)
     if num_rows == 0:
         return data, scale
-    config, row_fits_tile = select_config(num_columns, contiguous_rows=x_hp.stride(0) == 1 != x_hp.stride(1))
+    config, row_fits_tile = select_config(num_columns)
     with torch.cuda.device_of(x_hp):
         _scaled_cast_rowwise_kernel[(triton.cdiv(num_rows, config.block_m),)](
             x_hp,
@@ -137,10 +138,8 @@ def scaled_cast_rowwise(
     return data, scale
 
 
-def select_config(num_columns: int, *, contiguous_rows: bool) -> tuple[Config, bool]:
+def select_config(num_columns: int) -> tuple[Config, bool]:
     """The launch configuration for rows of this length, and whether a row fits its tile."""
-    if contiguous_rows:
-        return COLUMN_MAJOR_CONFIG, num_columns <= COLUMN_MAJOR_CONFIG.block_k
     for config in ROW_MAJOR_CONFIGS:
         if num_columns <= config.block_k:
             return config, True

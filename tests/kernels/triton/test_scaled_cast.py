@@ -9,6 +9,7 @@ import triton.language as tl
 from aotrain.formats import (
     FLOAT8_E4M3,
     FLOAT8_E5M2,
+    INT8,
     ROWWISE,
     SCALE_FORMATS,
     ElementFormat,
@@ -23,7 +24,7 @@ from aotrain.testing import adversarial_matrix, all_bfloat16_values, assert_bitw
 
 SCALINGS = [
     Scaling(element=element, scale=SCALE_FORMATS[scale], block=ROWWISE)
-    for element in (FLOAT8_E4M3, FLOAT8_E5M2)
+    for element in (FLOAT8_E4M3, FLOAT8_E5M2, INT8)
     for scale in ("float32", "float32_pow2")
 ]
 SHAPES = [(1, 1), (3, 31), (37, 100), (256, 512)]
@@ -76,12 +77,13 @@ def _randint_kernel(counter_ptr, out_ptr, seed, N: tl.constexpr):
         tl.store(out_ptr + offsets * 4 + word, words[word].to(tl.uint32, bitcast=True).to(tl.int64))
 
 
-def test_one_float32_division_equals_the_definition_in_float64() -> None:
+@pytest.mark.parametrize("limit", [448.0, 127.0], ids=["float8", "int8"])
+def test_one_float32_division_equals_the_definition_in_float64(limit: float) -> None:
     # Every mantissa of one binade: both divisions are exact under powers of two, so this covers every normal quotient.
-    # 448 and 57344 have the same mantissa, so it covers both formats.
+    # 448 and 57344 have the same mantissa, so it covers both float8 formats.
     amax = (np.arange(2**23, dtype=np.uint32) | np.uint32(0x3F800000)).view(np.float32)
-    definition = (448.0 / amax.astype(np.float64)).astype(np.float32)
-    assert np.array_equal(np.float32(448.0) / amax, definition)
+    definition = (limit / amax.astype(np.float64)).astype(np.float32)
+    assert np.array_equal(np.float32(limit) / amax, definition)
 
 
 @pytest.mark.usefixtures("interpreter")
@@ -163,10 +165,10 @@ def test_configs_cover_each_row_length_with_the_first_tile_that_holds_it() -> No
     sizes = [config.block_k for config in kernels.ROW_MAJOR_CONFIGS]
     assert sizes == sorted(sizes)
     for columns in (0, 1, 128, 129, 4096, 16384):
-        config, fits = kernels.select_config(columns, contiguous_rows=False)
+        config, fits = kernels.select_config(columns)
         assert fits
         assert config.block_k == min(size for size in sizes if size >= columns)
-    assert kernels.select_config(16385, contiguous_rows=False) == (kernels.LONG_ROW_CONFIG, False)
+    assert kernels.select_config(16385) == (kernels.LONG_ROW_CONFIG, False)
 
 
 @pytest.mark.gpu
@@ -182,7 +184,7 @@ class TestCompiled:
     def test_nan_and_inf_rows(self, scaling: Scaling, dtype: torch.dtype) -> None:
         _assert_gpu_equals_cpu(_non_finite_matrix(dtype), scaling)
 
-    @pytest.mark.parametrize("element", [FLOAT8_E4M3, FLOAT8_E5M2], ids=lambda element: element.name)
+    @pytest.mark.parametrize("element", [FLOAT8_E4M3, FLOAT8_E5M2, INT8], ids=lambda element: element.name)
     def test_every_bfloat16_value(self, element: ElementFormat) -> None:
         _assert_gpu_equals_cpu(all_bfloat16_values().view(512, 128), Scaling(element=element, block=ROWWISE))
 

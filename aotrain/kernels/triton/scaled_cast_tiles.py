@@ -1,0 +1,379 @@
+"""scaled_cast on a GPU by tiles: scales of any shipped block, the matrix as it lies in memory, transposed, or both.
+
+    data[m, k]   = saturate(x[m, k] * inv_scale[block of (m, k)])
+    data_t[k, m] = saturate(x[m, k] * inv_scale_t[block of (k, m)])
+
+Bytes per element of a 16-bit x, without the scales (4 bytes per block and output):
+
+| blocks                | one output | both outputs  | why no fewer                                                   |
+|-----------------------|------------|---------------|----------------------------------------------------------------|
+| 1x128, 128x1, 128x128 | 2 + 1      | 2 + 1 + 1     | a tile holds whole blocks, so x is read once                   |
+| tensor, row, column   | 2 + 2 + 1  | 2 + 2 + 1 + 1 | no code is known before the last element of its block is read, |
+|                       |            |               | and such blocks are larger than the memory of one processor    |
+
+Both outputs share the reads, whatever their blocks. Of a second read, the L2 cache gives what it still holds (50 MB on
+an H200: a 16-bit matrix of 4096 x 6144). Rows as they lie in memory have a kernel that reads them once
+(`scaled_cast_rowwise`); here they occur together with another output, or transposed.
+
+The transposition runs through shared memory, in the compiler's change of layout before the store, so that loads and
+stores both follow the contiguous dimension. Maxima meet in memory by atomic integer maxima, which give the same result
+in any order.
+
+This file does not do E8M0 scales, the fnuz formats or other blocks.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from aotrain.formats import BLOCKWISE_1X128, BLOCKWISE_128X128, COLWISE, ROWWISE, TENSORWISE, ElementFormat, ScaleFormat
+from aotrain.formats.scaling import Block, scale_shape
+from aotrain.kernels.triton._numerics import magnitude_bits, saturating_cast, scales_from_amax_bits
+from aotrain.kernels.triton.scaled_cast import Config, kernel_constants
+
+# Blocks of an output, in its own coordinates.
+TILE_BLOCKS: tuple[Block, ...] = (TENSORWISE, ROWWISE, COLWISE, BLOCKWISE_1X128, (128, 1), BLOCKWISE_128X128)
+# Rows, columns and warps of a tile. Blocks of 128 lie within a square of 128; other tiles are 128 bytes of both a row
+# of a 16-bit x and a row of its 8-bit transposition. 64 elements per thread need 17 instructions each where 32 need 26,
+# and small programs leave room for several on a processor. From compiled instruction and register counts
+# (benchmarks/results/aot_kernels.csv, docs/LOG.md); not measured on a GPU yet.
+SQUARE_TILE = Config(128, 128, 8)
+WIDE_TILE = Config(128, 64, 4)
+# A program of the maximum goes down its columns tile by tile: the more, the fewer atomics, up to MAX_STEPS and as long
+# as that leaves ENOUGH_PROGRAMS to fill a GPU. Not measured yet.
+AMAX_TILE = Config(32, 128, 4)
+MAX_STEPS = 16
+ENOUGH_PROGRAMS = 1024
+
+
+@triton.jit
+def _tile_offsets(stride_m, stride_k, LONG: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Offsets of a tile's elements from its first one, in 32 bits unless LONG: half the registers of pointers."""
+    rows, columns = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
+    if LONG:
+        rows, columns = rows.to(tl.int64), columns.to(tl.int64)
+    return rows[:, None] * stride_m + columns[None, :] * stride_k
+
+
+@triton.jit
+def _amax_kernel(
+    x_ptr,  # [batch, M, K], any strides
+    tensor_ptr,  # [batch] int32, zeros
+    rows_ptr,  # [batch, M] int32, zeros
+    columns_ptr,  # [batch, K] int32, zeros
+    M,
+    K,
+    stride_b,
+    stride_m,
+    stride_k,
+    rows_per_program,
+    OF_TENSOR: tl.constexpr,
+    OF_ROWS: tl.constexpr,
+    OF_COLUMNS: tl.constexpr,
+    LONG_OFFSETS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Bits of the largest magnitudes of the whole matrix, of each row and of each column, as asked for.
+
+    2 bytes read per element of a 16-bit x, once for all three; besides, atomic maxima of 4 bytes per row and 128
+    columns, and per column and strip.
+    """
+    strips, column_tiles = tl.cdiv(M, rows_per_program), tl.cdiv(K, BLOCK_K)
+    program = tl.program_id(0)
+    # 64-bit from here on: M * K and the strides times them exceed 2^31 in large models.
+    batch = (program // (column_tiles * strips)).to(tl.int64)
+    first_row = program // column_tiles % strips * rows_per_program
+    first_column = (program % column_tiles).to(tl.int64) * BLOCK_K
+    columns = first_column + tl.arange(0, BLOCK_K)
+    offsets = _tile_offsets(stride_m, stride_k, LONG_OFFSETS, BLOCK_M, BLOCK_K)
+    x_strip = x_ptr + batch * stride_b + first_row.to(tl.int64) * stride_m + first_column * stride_k
+    long_stride_m = first_column * 0 + stride_m  # of 64 bits: a Python number has no type to convert
+    largest = tl.zeros((BLOCK_M, BLOCK_K), tl.int32)
+    for start in range(first_row, tl.minimum(first_row + rows_per_program, M), BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M)
+        mask = (rows < M)[:, None] & (columns < K)[None, :]
+        x = tl.load(x_strip + (start - first_row) * long_stride_m + offsets, mask=mask, other=0.0).to(tl.float32)
+        bits = magnitude_bits(x)
+        if OF_ROWS:
+            tl.atomic_max(rows_ptr + batch * M + rows, tl.max(bits, axis=1), mask=rows < M, sem="relaxed")
+        if OF_TENSOR or OF_COLUMNS:
+            largest = tl.maximum(largest, bits)
+    if OF_COLUMNS:
+        tl.atomic_max(columns_ptr + batch * K + columns, tl.max(largest, axis=0), mask=columns < K, sem="relaxed")
+    if OF_TENSOR:
+        tl.atomic_max(tensor_ptr + batch, tl.max(tl.max(largest, axis=1), axis=0), sem="relaxed")
+
+
+@triton.jit
+def _block_scales(
+    x,
+    amax_ptr,
+    rows,
+    columns,
+    M,
+    K,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ELEMENT_MAX: tl.constexpr,
+    INV_SCALE_MAX: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr,
+):
+    """(scale, inv_scale) of a tile's blocks of ROWS x COLUMNS, in a shape that broadcasts to the tile's.
+
+    Blocks of whole rows, columns or matrices (-1) have their maxima at amax_ptr.
+    """
+    if ROWS == -1 and COLUMNS == -1:
+        bits = tl.load(amax_ptr)
+    elif COLUMNS == -1:
+        bits = tl.load(amax_ptr + rows, mask=rows < M, other=0)[:, None]
+    elif ROWS == -1:
+        bits = tl.load(amax_ptr + columns, mask=columns < K, other=0)[None, :]
+    elif ROWS == 1:
+        bits = tl.max(magnitude_bits(x), axis=1, keep_dims=True)
+    elif COLUMNS == 1:
+        bits = tl.max(magnitude_bits(x), axis=0, keep_dims=True)
+    else:
+        bits = tl.max(tl.max(magnitude_bits(x), axis=1), axis=0)
+    return scales_from_amax_bits(bits, ELEMENT_MAX, INV_SCALE_MAX, POWER_OF_TWO)
+
+
+@triton.jit
+def _scale_count(size, BLOCK: tl.constexpr):
+    """Scales along a dimension of this size."""
+    if BLOCK == -1:
+        count = 1
+    else:
+        count = tl.cdiv(size, BLOCK)
+    return count
+
+
+@triton.jit
+def _store_scales(
+    scale_ptr,
+    scale,
+    batch,
+    row_tile,
+    column_tile,
+    M,
+    K,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Write a tile's scales into [batch, scales along M, scales along K]."""
+    num_rows, num_columns = _scale_count(M, ROWS), _scale_count(K, COLUMNS)
+    # A larger block has the index of its tile: of the tiles that share a scale, the first one is within the count.
+    if ROWS == 1:
+        r = (row_tile * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    else:
+        r = row_tile + tl.zeros((1, 1), tl.int64)
+    if COLUMNS == 1:
+        c = (column_tile * BLOCK_K + tl.arange(0, BLOCK_K))[None, :]
+    else:
+        c = column_tile + tl.zeros((1, 1), tl.int64)
+    offsets = (batch * num_rows + r) * num_columns + c
+    tl.store(scale_ptr + offsets, scale, mask=(r < num_rows) & (c < num_columns))
+
+
+@triton.jit
+def _scaled_cast_tiles_kernel(
+    x_ptr,  # [batch, M, K], any strides
+    data_ptr,  # [batch, M, K] contiguous, 8-bit
+    scale_ptr,  # [batch, M / ROWS, K / COLUMNS] contiguous, float32
+    amax_ptr,  # bits of the maxima of whole blocks: [batch], [batch, M] or [batch, K]
+    data_t_ptr,  # [batch, K, M] contiguous
+    scale_t_ptr,  # [batch, K / COLUMNS_T, M / ROWS_T] contiguous
+    amax_t_ptr,  # as amax_ptr; for blocks of 128 x 1, [batch, M / 128, K] to write and read
+    M,
+    K,
+    stride_b,
+    stride_m,
+    stride_k,
+    ROWS: tl.constexpr,  # block of data, in x's coordinates: 1, BLOCK, or -1 for all; 0 leaves data out
+    COLUMNS: tl.constexpr,
+    ROWS_T: tl.constexpr,  # the same for data_t, in x's coordinates too
+    COLUMNS_T: tl.constexpr,
+    ELEMENT_MAX: tl.constexpr,
+    INV_SCALE_MAX: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr,
+    LONG_OFFSETS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Per element of a 16-bit x, 2 bytes read and 1 written per output: the least, since x is read once for both."""
+    ELEMENT: tl.constexpr = data_ptr.dtype.element_ty
+    row_tiles, column_tiles = tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K)
+    # Backwards: the last tiles that the maxima were taken of are still in the L2 cache.
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    # 64-bit from here on: M * K and the strides times them exceed 2^31 in large models.
+    batch = (program // (row_tiles * column_tiles)).to(tl.int64)
+    row_tile = (program // column_tiles % row_tiles).to(tl.int64)
+    column_tile = (program % column_tiles).to(tl.int64)
+    first_row, first_column = row_tile * BLOCK_M, column_tile * BLOCK_K
+    rows, columns = first_row + tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_K)
+    mask = (rows < M)[:, None] & (columns < K)[None, :]
+    x_tile = x_ptr + batch * stride_b + first_row * stride_m + first_column * stride_k
+    x_offsets = _tile_offsets(stride_m, stride_k, LONG_OFFSETS, BLOCK_M, BLOCK_K)
+    x_hp = tl.load(x_tile + x_offsets, mask=mask, other=0.0)
+
+    if COLUMNS_T == 1 and ROWS_T > 1:
+        # Maxima of the tile as it was loaded reach the threads that hold the transposition through memory. With a
+        # maximum in between, the compiler would exchange 8-bit codes one by one and divide in every thread.
+        column_amax = tl.max(magnitude_bits(x_hp.to(tl.float32)), axis=0)
+        tl.store(amax_t_ptr + (batch * row_tiles + row_tile) * K + columns, column_amax, mask=columns < K)
+    if ROWS != 0:
+        x = x_hp.to(tl.float32)
+        amax_b = amax_ptr + batch * _maxima(M, K, ROWS, COLUMNS)
+        scale, inv_scale = _block_scales(
+            x, amax_b, rows, columns, M, K, ROWS, COLUMNS, ELEMENT_MAX, INV_SCALE_MAX, POWER_OF_TWO
+        )
+        data = saturating_cast(x * inv_scale, ELEMENT, ELEMENT_MAX)
+        data_tile = data_ptr + batch * M * K + first_row * K + first_column
+        tl.store(data_tile + _tile_offsets(K, 1, LONG_OFFSETS, BLOCK_M, BLOCK_K), data, mask=mask)
+        _store_scales(scale_ptr, scale, batch, row_tile, column_tile, M, K, ROWS, COLUMNS, BLOCK_M, BLOCK_K)
+    if ROWS_T != 0:
+        tl.debug_barrier()
+        # Before anything else: the compiler can then exchange 16-bit elements, four 8 x 8 matrices an instruction.
+        x = tl.trans(x_hp).to(tl.float32)
+        if COLUMNS_T == 1 and ROWS_T > 1:
+            amax_b = amax_t_ptr + (batch * row_tiles + row_tile) * K
+            scale, inv_scale = _block_scales(
+                x, amax_b, columns, rows, K, M, 1, -1, ELEMENT_MAX, INV_SCALE_MAX, POWER_OF_TWO
+            )
+        elif ROWS_T == COLUMNS_T:  # one scale for the tile: of the tile as loaded, and the same both ways
+            if not (ROWS == ROWS_T and COLUMNS == COLUMNS_T):
+                amax_b = amax_t_ptr + batch * _maxima(M, K, ROWS_T, COLUMNS_T)
+                scale, inv_scale = _block_scales(
+                    x_hp.to(tl.float32),
+                    amax_b,
+                    rows,
+                    columns,
+                    M,
+                    K,
+                    ROWS_T,
+                    COLUMNS_T,
+                    ELEMENT_MAX,
+                    INV_SCALE_MAX,
+                    POWER_OF_TWO,
+                )
+        else:
+            amax_b = amax_t_ptr + batch * _maxima(M, K, ROWS_T, COLUMNS_T)
+            scale, inv_scale = _block_scales(
+                x, amax_b, columns, rows, K, M, COLUMNS_T, ROWS_T, ELEMENT_MAX, INV_SCALE_MAX, POWER_OF_TWO
+            )
+        data = saturating_cast(x * inv_scale, ELEMENT, ELEMENT_MAX)
+        data_t_tile = data_t_ptr + batch * M * K + first_column * M + first_row
+        offsets_t = _tile_offsets(M, 1, LONG_OFFSETS, BLOCK_K, BLOCK_M)
+        tl.store(data_t_tile + offsets_t, data, mask=(columns < K)[:, None] & (rows < M)[None, :])
+        _store_scales(scale_t_ptr, scale, batch, column_tile, row_tile, K, M, COLUMNS_T, ROWS_T, BLOCK_K, BLOCK_M)
+
+
+@triton.jit
+def _maxima(M, K, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """How many finished maxima a matrix has; 0 for blocks within a tile."""
+    if ROWS == -1 and COLUMNS == -1:
+        count = 1
+    elif COLUMNS == -1:
+        count = M
+    elif ROWS == -1:
+        count = K
+    else:
+        count = 0
+    return count
+
+
+def scaled_cast_tiles(
+    x_hp: torch.Tensor,
+    block: Block | None,
+    block_t: Block | None,
+    element: ElementFormat,
+    scale_format: ScaleFormat,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Quantize matrices as they are, transposed, or both.
+
+    Args:
+        x_hp: [batch, M, K] float32, bfloat16 or float16, not empty, any strides; fast where K is contiguous. CPU
+            tensors work under TRITON_INTERPRET=1.
+        block: one of TILE_BLOCKS for the data [batch, M, K]; None leaves that out.
+        block_t: one of TILE_BLOCKS for the data [batch, K, M] of the transposition; None leaves that out.
+        element: FLOAT8_E4M3, FLOAT8_E5M2 or INT8.
+        scale_format: `float32` or `float32_pow2`.
+
+    Returns:
+        (data, scale, data_t, scale_t), contiguous, equal to formats.quantize bit for bit. What was left out has no
+        elements.
+    """
+    batch, num_rows, num_columns = x_hp.shape
+    data, scale = _outputs(x_hp, x_hp.shape, block, element)
+    data_t, scale_t = _outputs(x_hp, torch.Size((batch, num_columns, num_rows)), block_t, element)
+    block, block_t = block or (0, 0), block_t[::-1] if block_t is not None else (0, 0)  # in x's coordinates
+    tile = select_tile(block, block_t, vectors=num_rows % 16 == 0 == num_columns % 16)
+    tiles = batch * triton.cdiv(num_rows, tile.block_m) * triton.cdiv(num_columns, tile.block_k)
+    with torch.cuda.device_of(x_hp):
+        amax = _amax(x_hp, {b for b in (block, block_t) if -1 in b})
+        if block_t == (128, 1):  # room for those that cross within a program
+            amax[block_t] = torch.empty(scale_t.shape, dtype=torch.int32, device=x_hp.device)
+        _scaled_cast_tiles_kernel[(tiles,)](
+            x_hp,
+            *(data, scale, amax.get(block, scale)),
+            *(data_t, scale_t, amax.get(block_t, scale_t)),
+            *(num_rows, num_columns, *x_hp.stride()),
+            *(*block, *block_t),
+            **kernel_constants(element, scale_format),
+            LONG_OFFSETS=_long_offsets(x_hp, tile),
+            BLOCK_M=tile.block_m,
+            BLOCK_K=tile.block_k,
+            num_warps=tile.num_warps,
+            enable_fp_fusion=False,
+        )
+    return data, scale, data_t, scale_t
+
+
+def select_tile(*blocks: Block, vectors: bool = True) -> Config:
+    """The tile for outputs with these blocks; `vectors` where all rows begin at multiples of 16 elements."""
+    tile = SQUARE_TILE if any(128 in block for block in blocks) else WIDE_TILE
+    # Elements that are accessed one by one need a mask and an address each.
+    return tile if vectors else tile._replace(num_warps=2 * tile.num_warps)
+
+
+def _long_offsets(x: torch.Tensor, tile: Config) -> bool:
+    """Whether elements of a tile of x, or of its contiguous copies, are 2^31 or more elements apart."""
+    steps = (*x.stride()[1:], *x.shape[1:])
+    return max(steps) * (tile.block_m + tile.block_k) >= 2**31
+
+
+def _outputs(
+    x: torch.Tensor, shape: torch.Size, block: Block | None, element: ElementFormat
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Memory for the data and the scales of an output, none for one left out."""
+    if block is None:
+        return torch.empty(0, dtype=element.dtype, device=x.device), torch.empty(0, device=x.device)
+    scale = torch.empty(scale_shape(shape, block), dtype=torch.float32, device=x.device)
+    return torch.empty(shape, dtype=element.dtype, device=x.device), scale
+
+
+def _amax(x: torch.Tensor, blocks: set[Block]) -> dict[Block, torch.Tensor]:
+    """Bits of the largest magnitudes of whole matrices, rows or columns, by block; one read of x for all of them."""
+    if not blocks:
+        return {}
+    batch, num_rows, num_columns = x.shape
+    counts = {TENSORWISE: batch, ROWWISE: batch * num_rows, COLWISE: batch * num_columns}
+    sizes = [count if block in blocks else 0 for block, count in counts.items()]
+    maxima = torch.zeros(sum(sizes), dtype=torch.int32, device=x.device).split(sizes)
+    column_tiles = triton.cdiv(num_columns, AMAX_TILE.block_k)
+    tiles = batch * column_tiles * triton.cdiv(num_rows, AMAX_TILE.block_m)
+    rows_per_program = AMAX_TILE.block_m * max(1, min(MAX_STEPS, tiles // ENOUGH_PROGRAMS))
+    _amax_kernel[(batch * column_tiles * triton.cdiv(num_rows, rows_per_program),)](
+        x,
+        *maxima,
+        *(num_rows, num_columns, *x.stride(), rows_per_program),
+        *(block in blocks for block in counts),
+        LONG_OFFSETS=_long_offsets(x, AMAX_TILE),
+        BLOCK_M=AMAX_TILE.block_m,
+        BLOCK_K=AMAX_TILE.block_k,
+        num_warps=AMAX_TILE.num_warps,
+        enable_fp_fusion=False,
+    )
+    return dict(zip(counts, maxima, strict=True))
