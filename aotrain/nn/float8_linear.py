@@ -8,8 +8,9 @@ from aotrain.nn.float8_config import Float8LinearConfig
 from aotrain.nn.fsdp_weight import fsdp_weight_of
 from aotrain.nn.fsdp_wrap import plain_tensor, wrap_weights
 from aotrain.nn.gathered_weight import GatheredWeight, Planes, planes_of
+from aotrain.nn.input_casts import SharedInputCasts
 from aotrain.nn.weight_casts import WeightCastCache
-from aotrain.ops import WeightCasts, cast_weight, scaled_linear
+from aotrain.ops import WeightCasts, cast_operand, cast_weight, scaled_linear
 from aotrain.recipes import GemmRecipe, LinearRecipe
 
 ModuleT = TypeVar("ModuleT", bound=torch.nn.Module)
@@ -79,8 +80,9 @@ class Float8Linear(torch.nn.Linear):
             self.recipe,
             emulate=self.emulate,
             save_for_backward=self.save_for_backward,
-            # A compiled graph does not look at versions of parameters.
+            # A compiled graph does not look at versions of tensors; it finds equal casts by itself.
             weight_casts=cast_weight if torch.compiler.is_compiling() else self.weight_casts,
+            operand_casts=cast_operand if torch.compiler.is_compiling() else SharedInputCasts(input),
         )
 
     def extra_repr(self) -> str:

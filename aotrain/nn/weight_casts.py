@@ -49,8 +49,9 @@ class WeightCastCache:
 
     def __call__(self, weight: torch.Tensor, scaling: Scaling, *, transposed: bool) -> ScaledTensor:
         """The weight [N, K], or its transposition [K, N], quantized."""
-        if _fully_shard_in_use():
-            # An unsharded parameter changes with neither a new version nor a new address.
+        if _fully_shard_in_use() or weight.is_inference():
+            # An unsharded parameter changes with neither a new version nor a new address, and a tensor of inference
+            # mode has no version.
             return cast_weight(weight, scaling, transposed=transposed)
         state = (weight.data_ptr(), weight._version, _optimizer_steps)
         if self._weight is None or self._weight() is not weight or state != self._state:
