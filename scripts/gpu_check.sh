@@ -25,7 +25,8 @@ stage() { # name, command...
 }
 
 stage environment "$PYTHON" -c 'import torch; assert torch.cuda.is_available(), "no GPU"; print(torch.__version__, torch.cuda.get_device_name())'
-stage tests "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests/kernels
-stage scaled_cast "$PYTHON" -m benchmarks.run scaled_cast
-stage optim "$PYTHON" -m benchmarks.run optim
+stage tests "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests/kernels tests/optim
+stage optim "$PYTHON" -m benchmarks.run optim --repeats 30
+stage float8 "$PYTHON" -m benchmarks.run float8 --repeats 20
+stage scaled_cast "$PYTHON" -m benchmarks.run scaled_cast --repeats 20
 exit $failed
