@@ -9,6 +9,7 @@ import weakref
 from typing import Literal
 
 import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from aotrain.formats import ScaledTensor, Scaling
 from aotrain.ops import cast_operand
@@ -64,7 +65,9 @@ class SharedInputCasts:
         if operand != "input" or torch._C._current_graph_task_id() != -1:
             _last.clear()
             source = None
-        if source is None or source.is_inference():
+        # Selective checkpointing, a dispatch mode, wants the same operations again when it repeats a forward; whether a
+        # copy is there depends on what came before. A tensor of inference mode has no version.
+        if source is None or is_in_torch_dispatch_mode() or source.is_inference():
             return cast_operand(x, scaling, scaling_t, operand=operand)
         casts = _last.of(source)
         keys = (scaling, False, x.dtype), (scaling_t, True, x.dtype)

@@ -1,5 +1,6 @@
 """Selective checkpointing of low-precision blocks: the same bits, products computed once, casts twice."""
 
+import dataclasses
 from collections import Counter
 from typing import Any
 
@@ -57,6 +58,39 @@ def test_same_gradients_and_no_product_twice(recipe: str, every: int):
     assert calls[product] - without[product] == (0 if every == 1 else 1)
     assert calls[cast] > without[cast]
     assert calls["aten.gelu.default"] == 2 * without["aten.gelu.default"]
+
+
+class Gated(torch.nn.Module):
+    """Two layers of one input, which share its codes where nothing is checkpointed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up = (torch.nn.Linear(32, 64, bias=False) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.gate(x) * self.up(x)
+
+
+@pytest.mark.parametrize("save_for_backward", ["high_precision", "quantized"])
+@pytest.mark.parametrize("context_fn", [None, save_products()], ids=["full", "selective"])
+def test_layers_that_share_an_input_inside_and_outside_of_a_region(context_fn: Any, save_for_backward: str):
+    torch.manual_seed(0)
+    config = dataclasses.replace(Float8LinearConfig.from_recipe_name("rowwise"), save_for_backward=save_for_backward)
+    layers = convert_to_float8_training(Gated(), config=config)
+    x = torch.randn(16, 32)
+    grads = []
+    for region in (False, True, True):
+        inside = x.clone().requires_grad_()
+        # The layer before the region has the region's input: its codes are at hand in the forward only.
+        y = layers.gate(inside).sum()
+        options = {"context_fn": context_fn} if context_fn is not None else {}
+        y = y + (checkpoint(layers, inside, use_reentrant=False, **options) if region else layers(inside)).sum()
+        y.backward()
+        grads.append([inside.grad, layers.gate.weight.grad, layers.up.weight.grad])
+        layers.zero_grad()
+    for got in grads[1:]:
+        for one, other in zip(got, grads[0], strict=True):
+            assert_bitwise_equal(one, other)
 
 
 def test_a_number_of_products_below_one():
