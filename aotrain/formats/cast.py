@@ -12,6 +12,9 @@ from aotrain.formats.scaling import Scaling, block_amax, expand_blocks, scale_sh
 class ScaledTensor(NamedTuple):
     """Low-precision data with its scales: x ~= data * scale, each scale repeated over its block.
 
+    One code per element, also of the formats below 8 bits, and one scale per block in row-major order: what hardware
+    reads, two 4-bit codes in a byte and scales in tiles, are layouts of it (`formats.packing`, `formats.scale_layout`).
+
     Invariants: `data.shape` is the shape of the quantized tensor, `scale.shape == scale_shape(data.shape, block)`, and
     quantizing `dequantize(q)` again with q's own scale gives q's data bit for bit.
     """
@@ -70,7 +73,7 @@ def quantize(
 def dequantize(q: ScaledTensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """fp32(data) * fp32(scale), rounded once to `dtype`; same shape as `q.data`."""
     scale = expand_blocks(scale_to_float(q.scale), q.data.shape, q.scaling.block)
-    return (decode_elements(q.data, torch.float32) * scale).to(dtype)
+    return (decode_elements(q.data, torch.float32, q.scaling.element) * scale).to(dtype)
 
 
 def fake_quantize(x_hp: torch.Tensor, scaling: Scaling, *, noise: torch.Tensor | None = None) -> torch.Tensor:

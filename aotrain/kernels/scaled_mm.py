@@ -70,6 +70,11 @@ def scaled_mm(
 def _check(a: ScaledTensor, b: ScaledTensor) -> None:
     for name, operand in (("a", a), ("b", b)):
         block = operand.scaling.block
+        if operand.scaling.element.stored_as_codes:
+            raise ValueError(
+                f"scaled_mm operand {name} is {operand.scaling.element.name}; want float8 or int8. Multiply what "
+                "`dequantize` returns."
+            )
         if block not in (*_ROW_BLOCKS, *_K_BLOCKS) or (block in _K_BLOCKS and operand.data.dtype == torch.int8):
             raise ValueError(
                 f"scaled_mm operand {name} is {operand.data.dtype} with scale blocks {block}; want tensorwise "

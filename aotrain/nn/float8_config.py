@@ -63,7 +63,7 @@ class Float8LinearRecipeName(Enum):
     INT8_ROWWISE = "int8_rowwise"
 
 
-_ELEMENT_OF_DTYPE = {row.dtype: row for row in ELEMENT_FORMATS.values() if row.dtype.itemsize == 1}
+_ELEMENT_OF_DTYPE = {row.dtype: row for row in ELEMENT_FORMATS.values() if not row.stored_as_codes}
 
 
 @dataclass(frozen=True)

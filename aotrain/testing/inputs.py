@@ -6,8 +6,8 @@ from aotrain.formats import ElementFormat
 
 
 def all_codes(element: ElementFormat) -> torch.Tensor:
-    """Every bit pattern of an 8-bit format, [256] in its dtype."""
-    return torch.arange(256, dtype=torch.uint8).view(element.dtype)
+    """Every bit pattern of a format of at most 8 bits, [2^bits] in its dtype."""
+    return torch.arange(2**element.bits, dtype=torch.uint8).view(element.dtype)
 
 
 def all_bfloat16_values() -> torch.Tensor:

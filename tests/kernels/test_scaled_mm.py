@@ -8,6 +8,7 @@ import torch
 from aotrain.formats import (
     BLOCKWISE_1X128,
     BLOCKWISE_128X128,
+    FLOAT4_E2M1,
     FLOAT8_E4M3,
     FLOAT8_E5M2,
     INT8,
@@ -121,6 +122,8 @@ def test_bad_operands_say_what_to_do():
     a = quantize(torch.ones(4, 32), scaling(ROWWISE))
     with pytest.raises(ValueError, match="want tensorwise"):
         scaled_mm(quantize(torch.ones(4, 32), scaling((1, 32))), a, torch.float32)
+    with pytest.raises(ValueError, match="a is float4_e2m1fn; want float8 or int8"):
+        scaled_mm(quantize(torch.ones(4, 32), scaling(ROWWISE, FLOAT4_E2M1)), a, torch.float32)
     with pytest.raises(ValueError, match="int8 goes with int8"):
         scaled_mm(a, quantize(torch.ones(4, 32), scaling(ROWWISE, INT8)), torch.float32)
     for blocks in ((BLOCKWISE_1X128, ROWWISE), (BLOCKWISE_128X128, BLOCKWISE_1X128)):
