@@ -1,44 +1,28 @@
 """E8M0 scales against the specification computed with exact rational arithmetic, and torch's own decoding."""
 
 import math
-from fractions import Fraction
 
 import pytest
 import torch
 
-from aotrain.formats import FLOAT8_E4M3, FLOAT8_E5M2, ElementFormat
+from aotrain.formats import (
+    FLOAT4_E2M1,
+    FLOAT6_E2M3,
+    FLOAT6_E3M2,
+    FLOAT8_E4M3,
+    FLOAT8_E5M2,
+    INT8,
+    ElementFormat,
+)
 from aotrain.formats.e8m0 import E8M0_ROUNDINGS, decode_e8m0, e8m0_from_amax, e8m0_inverse
-from aotrain.testing import assert_bitwise_equal
+from aotrain.testing import all_bfloat16_values, assert_bitwise_equal
+from tests.formats.reference import e8m0_byte
 
 ALL_BYTES = torch.arange(256, dtype=torch.uint8)
+ELEMENTS = [FLOAT8_E4M3, FLOAT8_E5M2, FLOAT6_E3M2, FLOAT6_E2M3, FLOAT4_E2M1, INT8]
 
 
-def floor_log2(x: Fraction) -> int:
-    exponent = x.numerator.bit_length() - x.denominator.bit_length()
-    return exponent if Fraction(2) ** exponent <= x else exponent - 1
-
-
-def want_byte(amax: float, element: ElementFormat, rounding: str) -> int:
-    exact = Fraction(amax)
-    if exact == 0:
-        return 0
-    if rounding == "rceil":
-        quotient = torch.tensor(amax) * torch.tensor(1 / element.max, dtype=torch.float32)
-        exact = Fraction(quotient.item())
-        if exact == 0:
-            return 0
-        floor = floor_log2(exact)
-        return max(floor + (Fraction(2) ** floor != exact) + 127, 0)
-    floor = floor_log2(exact)
-    mantissa = exact / Fraction(2) ** floor
-    if rounding == "ceil":
-        floor += mantissa != 1
-    if rounding == "even":
-        floor += mantissa >= 2 - Fraction(1, 2 ** (element.mantissa_bits + 1))
-    return max(floor - element.max_exponent + 127, 0)
-
-
-@pytest.mark.parametrize("element", [FLOAT8_E4M3, FLOAT8_E5M2], ids=lambda element: element.name)
+@pytest.mark.parametrize("element", ELEMENTS, ids=lambda element: element.name)
 @pytest.mark.parametrize("rounding", E8M0_ROUNDINGS)
 def test_byte_of_normal_amax(rounding: str, element: ElementFormat):
     generator = torch.Generator().manual_seed(0)
@@ -48,7 +32,7 @@ def test_byte_of_normal_amax(rounding: str, element: ElementFormat):
     maxima = powers[60:180] * element.max
     amax = torch.cat([amax, powers, torch.nextafter(powers, powers * 0), maxima, torch.nextafter(maxima, maxima * 2)])
     got = e8m0_from_amax(amax, element, rounding)
-    assert got.tolist() == [want_byte(value, element, rounding) for value in amax.tolist()]
+    assert got.tolist() == [e8m0_byte(value, element, rounding) for value in amax.tolist()]
 
 
 @pytest.mark.parametrize(
@@ -63,6 +47,20 @@ def test_byte_of_normal_amax(rounding: str, element: ElementFormat):
 def test_published_table_for_e4m3(amax: float, floor: int, rceil: int, ceil: int, even: int):
     for rounding, want in (("floor", floor), ("rceil", rceil), ("ceil", ceil), ("even", even)):
         assert e8m0_from_amax(torch.tensor([amax]), FLOAT8_E4M3, rounding).item() == want
+
+
+@pytest.mark.parametrize("rounding", E8M0_ROUNDINGS)
+@pytest.mark.parametrize("element", ELEMENTS, ids=lambda element: element.name)
+def test_byte_of_every_bfloat16_amax_and_of_the_float32_extremes(rounding: str, element: ElementFormat):
+    """Subnormals, and just below infinity: there `even` rounds amax to 2^128, whose scale is as finite as any other."""
+    largest = torch.finfo(torch.float32).max
+    extremes = torch.tensor([1e-45, 5.877471754111438e-39, 5.877472454760670e-39, 1.1754943508222875e-38, largest])
+    amax = torch.cat([all_bfloat16_values().float(), extremes])
+    amax = amax[amax.isfinite() & ~amax.signbit()]
+    got = e8m0_from_amax(amax, element, rounding)
+    assert got.tolist() == [e8m0_byte(value, element, rounding) for value in amax.tolist()]
+    assert got.max() < 255
+    assert e8m0_from_amax(torch.tensor([largest]), element, "even").item() == 255 - element.max_exponent
 
 
 @pytest.mark.parametrize("rounding", E8M0_ROUNDINGS)
