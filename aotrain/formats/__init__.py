@@ -22,6 +22,7 @@ from aotrain.formats.element import (
     INT8,
     ElementFormat,
 )
+from aotrain.formats.packing import pack_float4, unpack_float4
 from aotrain.formats.random import philox_bits16, philox_u32
 from aotrain.formats.rounding import round_nearest, round_stochastic
 from aotrain.formats.scaling import (
@@ -62,10 +63,12 @@ __all__ = [
     "decode_elements",
     "dequantize",
     "fake_quantize",
+    "pack_float4",
     "philox_bits16",
     "philox_u32",
     "quantize",
     "round_nearest",
     "round_stochastic",
     "scale_shape",
+    "unpack_float4",
 ]
