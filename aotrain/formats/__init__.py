@@ -25,9 +25,12 @@ from aotrain.formats.element import (
 from aotrain.formats.packing import pack_float4, unpack_float4
 from aotrain.formats.random import philox_bits16, philox_u32
 from aotrain.formats.rounding import round_nearest, round_stochastic
+from aotrain.formats.scale_layout import blocked_size, from_blocked, to_blocked
 from aotrain.formats.scaling import (
+    BLOCKWISE_1X16,
     BLOCKWISE_1X32,
     BLOCKWISE_1X128,
+    BLOCKWISE_16X16,
     BLOCKWISE_128X128,
     COLWISE,
     ROWWISE,
@@ -40,8 +43,10 @@ from aotrain.formats.scaling import (
 
 __all__ = [
     "BFLOAT16",
+    "BLOCKWISE_1X16",
     "BLOCKWISE_1X32",
     "BLOCKWISE_1X128",
+    "BLOCKWISE_16X16",
     "BLOCKWISE_128X128",
     "COLWISE",
     "ELEMENT_FORMATS",
@@ -60,9 +65,11 @@ __all__ = [
     "ScaleFormat",
     "ScaledTensor",
     "Scaling",
+    "blocked_size",
     "decode_elements",
     "dequantize",
     "fake_quantize",
+    "from_blocked",
     "pack_float4",
     "philox_bits16",
     "philox_u32",
@@ -70,5 +77,6 @@ __all__ = [
     "round_nearest",
     "round_stochastic",
     "scale_shape",
+    "to_blocked",
     "unpack_float4",
 ]

@@ -26,8 +26,10 @@ Block = tuple[int, int]
 TENSORWISE: Block = (-1, -1)
 ROWWISE: Block = (1, -1)
 COLWISE: Block = (-1, 1)
+BLOCKWISE_1X16: Block = (1, 16)
 BLOCKWISE_1X32: Block = (1, 32)
 BLOCKWISE_1X128: Block = (1, 128)
+BLOCKWISE_16X16: Block = (16, 16)
 BLOCKWISE_128X128: Block = (128, 128)
 
 
