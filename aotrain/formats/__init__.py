@@ -22,6 +22,7 @@ from aotrain.formats.element import (
     INT8,
     ElementFormat,
 )
+from aotrain.formats.nvfp4 import Nvfp4Tensor, dequantize_nvfp4, nvfp4_global_scale, quantize_nvfp4
 from aotrain.formats.packing import pack_float4, unpack_float4
 from aotrain.formats.random import philox_bits16, philox_u32
 from aotrain.formats.rounding import round_nearest, round_stochastic
@@ -62,18 +63,22 @@ __all__ = [
     "SCALE_FORMATS",
     "TENSORWISE",
     "ElementFormat",
+    "Nvfp4Tensor",
     "ScaleFormat",
     "ScaledTensor",
     "Scaling",
     "blocked_size",
     "decode_elements",
     "dequantize",
+    "dequantize_nvfp4",
     "fake_quantize",
     "from_blocked",
+    "nvfp4_global_scale",
     "pack_float4",
     "philox_bits16",
     "philox_u32",
     "quantize",
+    "quantize_nvfp4",
     "round_nearest",
     "round_stochastic",
     "scale_shape",
