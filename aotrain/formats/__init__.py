@@ -22,6 +22,7 @@ from aotrain.formats.element import (
     INT8,
     ElementFormat,
 )
+from aotrain.formats.hadamard import hadamard_signs, hadamard_transform, inverse_hadamard_transform
 from aotrain.formats.nvfp4 import Nvfp4Tensor, dequantize_nvfp4, nvfp4_global_scale, quantize_nvfp4
 from aotrain.formats.packing import pack_float4, unpack_float4
 from aotrain.formats.random import philox_bits16, philox_u32
@@ -73,6 +74,9 @@ __all__ = [
     "dequantize_nvfp4",
     "fake_quantize",
     "from_blocked",
+    "hadamard_signs",
+    "hadamard_transform",
+    "inverse_hadamard_transform",
     "nvfp4_global_scale",
     "pack_float4",
     "philox_bits16",
