@@ -12,7 +12,8 @@ The exponent of the scale, for a block whose largest magnitude is `amax` and an 
 | `even`   | floor(log2(amax rounded to the element's mantissa)) - emax                             |
 | `rceil`  | ceil(log2(amax * fp32(1 / max))): the smallest scale with which amax does not saturate |
 
-A block whose amax is not finite gets byte 255, so all of it dequantizes to NaN.
+A block whose amax is not finite gets byte 255, so all of it dequantizes to NaN; one whose amax is finite never does,
+also where `even` rounds amax to 2^128 (docs/numerics.md, section 3).
 """
 
 import torch

@@ -14,8 +14,8 @@ Everything follows from the stored scales, so a given global scale (of a checkpo
 Rounding a block's scale to nearest may leave its amax up to 1/16 above 6 (more where the scale is subnormal): it
 saturates, under stochastic rounding too.
 
-The lower bound 2^-9, the smallest e4m3, keeps scales positive: blocks that are 2^-18 of the matrix maximum round to a
-scale of zero otherwise, and x / 0 has to be special-cased.
+The lower bound 2^-9, the smallest e4m3, keeps scales positive: blocks below 2^-18.8 T would round to a scale of zero. A
+bound of 2^-6, the smallest normal e4m3, costs the blocks below 2^-14.8 T up to 15 dB (docs/LOG.md).
 
 Activations and gradients have 1 x 16 blocks along the contracted dimension, weights 16 x 16, so that a weight and its
 transpose have the same codes. A product reads one scale per row: `expand_blocks(scale, ..., (16, 1))` of the latter.
