@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from aotrain.formats import (
     BLOCKWISE_1X16,
@@ -27,7 +28,7 @@ from aotrain.formats import (
 )
 from aotrain.formats.scaling import expand_blocks
 from aotrain.testing import adversarial_matrix, all_bfloat16_values, assert_bitwise_equal, sqnr
-from tests.formats.reference import nearest_even
+from tests.formats.reference import finite_values, nearest_even
 
 BLOCKS = [BLOCKWISE_1X16, BLOCKWISE_16X16]
 # Measured on three normal matrices 130 x 200: nearest 20.5 dB (1x16), 19.0-19.1 (16x16); stochastic 17.3-17.4, 16.0.
@@ -189,6 +190,33 @@ def test_empty(shape: tuple[int, ...], block: tuple[int, int]):
     assert q.data.shape == shape
     assert q.scale.shape == scale_shape(shape, block)
     assert dequantize_nvfp4(q).shape == shape
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_stochastic_rounding_takes_the_neighbour_that_the_noise_says(block: tuple[int, int]):
+    x = torch.cat([torch.randn(37, 100), adversarial_matrix(37, 100, torch.float32)])
+    q = quantize_nvfp4(x, block=block)
+    inv_scale = np.float32(1) / q.global_scale.numpy() / expand_blocks(q.scale.float(), x.shape, block).numpy()
+    scaled = np.minimum(np.abs(x.numpy() * inv_scale), np.float32(6))
+    values = finite_values(FLOAT4_E2M1)
+    values = values[values >= 0]
+    low = np.searchsorted(values, scaled, side="right") - 1
+    step = np.append(np.diff(values), 1.0)[low]
+    for noise in (0, 0x3FFF, 0x8000, 0xFFFF):
+        up = (scaled.astype(np.float64) - values[low]) / step + noise / 2**16 >= 1
+        noisy = quantize_nvfp4(x, block=block, noise=torch.full(x.shape, noise))
+        got = decode_elements(noisy.data, torch.float32, FLOAT4_E2M1).numpy()
+        np.testing.assert_array_equal(np.abs(got), values[low + up])
+        np.testing.assert_array_equal(np.signbit(got), np.signbit(x.numpy()))
+
+
+def test_compiles_into_one_graph_with_equal_bits_and_runs_on_fake_tensors():
+    x = adversarial_matrix(37, 100)
+    compiled = torch.compile(lambda x: tuple(quantize_nvfp4(x)[:3]), fullgraph=True, backend="aot_eager")
+    for actual, expected in zip(compiled(x), quantize_nvfp4(x)[:3], strict=True):
+        assert_bitwise_equal(actual, expected)
+    with FakeTensorMode() as mode:
+        assert dequantize_nvfp4(quantize_nvfp4(mode.from_tensor(x))).shape == x.shape
 
 
 def test_stochastic_rounding_is_unbiased_within_the_range():
