@@ -19,6 +19,7 @@ from aotrain.kernels.adam import AdamScalars, AdamTensors
 from aotrain.optim.state import BlockMoment, Dynamic4bitMoment, Dynamic8bitMoment, Float8Moment, Float32Moment
 from aotrain.optim.step import adam_scalars, adam_update
 from aotrain.testing import assert_bitwise_equal
+from tests.kernels.native import build_or_skip, isa_or_skip
 
 DTYPES = [torch.float32, torch.bfloat16]
 SHAPES = [((3, 1000), 256), ((5, 64), 256), ((2, 7, 33), 32), ((4, 500), 100), ((2, 301), 18), ((1, 257), 256)]
@@ -33,23 +34,12 @@ FORMATS: dict[str, type[BlockMoment] | None] = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _built() -> None:
-    if _build.disabled():
-        pytest.skip("AOTRAIN_NO_NATIVE is set")
-    try:
-        _build.build_library(Path(_build.sources()[0]).with_name("adam.cpp"))
-    except _build.BuildError as error:
-        pytest.skip(str(error))
-    cpu.library.cache_clear()
-    cpu.native_library.cache_clear()
+    build_or_skip("adam", cpu)
 
 
 @pytest.fixture(params=list(cpu.ISAS))
 def isa(request: pytest.FixtureRequest) -> str:
-    library, reason = cpu.library()
-    assert library is not None, reason
-    if cpu.ISAS[request.param] > library.aotrain_adam_isa():
-        pytest.skip(f"this CPU has no {request.param}")
-    return request.param
+    return isa_or_skip("adam", cpu, request.param)
 
 
 @pytest.fixture(params=list(FORMATS))

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from aotrain import _build
 from aotrain.formats import (
     BLOCKWISE_1X32,
     BLOCKWISE_128X128,
@@ -28,6 +27,7 @@ from aotrain.formats import (
 from aotrain.kernels import _cast_cpu as cpu
 from aotrain.kernels import scaled_cast
 from aotrain.testing import adversarial_matrix, all_bfloat16_values, assert_bitwise_equal
+from tests.kernels.native import build_or_skip, isa_or_skip
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Runs of one scale that are whole rows, long, short and single, in both directions; none divides the shapes below.
@@ -50,23 +50,12 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _built() -> None:
-    if _build.disabled():
-        pytest.skip("AOTRAIN_NO_NATIVE is set")
-    try:
-        _build.build_library(Path(_build.sources()[0]).with_name("scaled_cast.cpp"))
-    except _build.BuildError as error:
-        pytest.skip(str(error))
-    cpu.library.cache_clear()
-    cpu.native_library.cache_clear()
+    build_or_skip("scaled_cast", cpu)
 
 
 @pytest.fixture(params=list(cpu.ISAS))
 def isa(request: pytest.FixtureRequest) -> str:
-    library, reason = cpu.library()
-    assert library is not None, reason
-    if cpu.ISAS[request.param] > library.aotrain_scaled_cast_isa():
-        pytest.skip(f"this CPU has no {request.param}")
-    return request.param
+    return isa_or_skip("scaled_cast", cpu, request.param)
 
 
 def assert_quantizes(x: torch.Tensor, scaling: Scaling, isa: str) -> None:

@@ -1,39 +1,27 @@
 """The C++ around the emulated product against the torch expressions it replaces, on every instruction set."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
 
-from aotrain import _build
 from aotrain.formats import ELEMENT_FORMATS, decode_elements, scale_shape
 from aotrain.formats.scaling import expand_blocks
 from aotrain.kernels import _mm_cpu as cpu
 from aotrain.testing import all_bfloat16_values, all_codes, assert_bitwise_equal
+from tests.kernels.native import build_or_skip, isa_or_skip
 
 DTYPES = [torch.float32, torch.bfloat16]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _built() -> None:
-    if _build.disabled():
-        pytest.skip("AOTRAIN_NO_NATIVE is set")
-    try:
-        _build.build_library(Path(_build.sources()[0]).with_name("scaled_mm.cpp"))
-    except _build.BuildError as error:
-        pytest.skip(str(error))
-    cpu.library.cache_clear()
-    cpu.native_library.cache_clear()
+    build_or_skip("scaled_mm", cpu)
 
 
 @pytest.fixture(params=list(cpu.ISAS))
 def isa(request: pytest.FixtureRequest) -> str:
-    library, reason = cpu.library()
-    assert library is not None, reason
-    if cpu.ISAS[request.param] > library.aotrain_scaled_mm_isa():
-        pytest.skip(f"this CPU has no {request.param}")
-    return request.param
+    return isa_or_skip("scaled_mm", cpu, request.param)
 
 
 def torch_product(product, a_scale, b_scale, dtype) -> torch.Tensor:
