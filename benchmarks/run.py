@@ -1,24 +1,26 @@
 """Run benchmarks and append their rows to a results file.
 
-    python -m benchmarks.run scaled_cast [--out benchmarks/results] [--repeats 50]
+    python -m benchmarks.run scaled_cast [--out benchmarks/results] [--repeats 50] [--resume] [--limit 300]
 
 Prints and writes, per case, the median and the 10 % and 90 % quantiles of its time, GB/s counting only the bytes that
 must move, memory held and time of the first run where they matter, and where it ran: GPU or CPU, driver, torch, triton,
-commit, command. A case whose check fails is not timed,
-and the run exits with an error.
+commit, command. Rows are written as soon as the cases that are timed together are done. A case whose check fails is not
+timed, and the run exits with status 1; with 2 when --limit ended it first.
 """
 
 import argparse
 import csv
 import datetime
 import importlib.metadata
+import math
 import os
 import platform
 import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,24 +44,44 @@ def main(arguments: list[str] | None = None) -> int:
     default_out = Path(os.environ.get("OUT", ROOT / "benchmarks" / "results"))
     parser.add_argument("--out", type=Path, default=default_out, help="folder of the results files")
     parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--resume", action="store_true", help="leave out what has a row of this commit and hardware")
+    parser.add_argument("--limit", type=float, default=math.inf, help="seconds after which no further case is begun")
     options = parser.parse_args(arguments)
+    start = time.monotonic()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     command = shlex.join(["python", "-m", "benchmarks.run", *(sys.argv[1:] if arguments is None else arguments)])
     where = environment(device) | {"command": command}
     failures = 0
     for name in options.names:
-        rows = []
+        path = options.out / f"{name}.csv"
+        done = measured(path, where) if options.resume else set()
         for batch in batches(BENCHMARKS[name](device)):
+            if done.issuperset((case.name, case.shape) for case in batch):
+                continue
+            if time.monotonic() - start > options.limit:
+                print(f"{name}: no time left; run again with --resume", file=sys.stderr)
+                return 2
             correct = [case for case in batch if is_correct(case)]
             failures += len(batch) - len(correct)
-            for row in measure(correct, device, options.repeats):
-                rows.append(row | where)
+            rows = [row | where for row in measure(correct, device, options.repeats)]
+            for row in rows:
                 per_element = f"  {row['ns_per_element']} ns each" if row["ns_per_element"] else ""
                 speed = f"{row['median_ms']:>9} ms {row['gb_per_s']:>8} GB/s{per_element}"
                 print(f"{row['case']:34} {row['shape']:>14} {speed}", flush=True)
-        append_rows(options.out / f"{name}.csv", rows)
+            append_rows(path, rows)
     return 1 if failures else 0
+
+
+def measured(path: Path, where: Mapping[str, str]) -> set[tuple[str, str]]:
+    """(case, shape) of the rows of a results file that come from this commit on this machine."""
+    if not path.exists():
+        return set()
+    origin = [key for key in where if key != "command"]
+    with path.open(newline="") as file:
+        return {
+            (row["case"], row["shape"]) for row in csv.DictReader(file) if all(row[key] == where[key] for key in origin)
+        }
 
 
 def batches(cases: Iterable[Case]) -> Iterator[list[Case]]:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # On a machine with a GPU: GPU tests, then benchmarks, most valuable first, within LIMIT seconds. Started again with the
-# same OUT and the same commit it skips the stages that passed.
+# same OUT and the same commit it skips the stages that passed, and in a benchmark the cases that have a row.
 #
 #     OUT=benchmarks/results scripts/gpu_check.sh
 set -uo pipefail
@@ -26,7 +26,12 @@ stage() { # name, command...
 
 stage environment "$PYTHON" -c 'import torch; assert torch.cuda.is_available(), "no GPU"; print(torch.__version__, torch.cuda.get_device_name())'
 stage tests "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests/kernels tests/optim
-stage optim "$PYTHON" -m benchmarks.run optim --repeats 30
-stage float8 "$PYTHON" -m benchmarks.run float8 --repeats 20
-stage scaled_cast "$PYTHON" -m benchmarks.run scaled_cast --repeats 20
+benchmark() { # name, repeats
+  local left=$((LIMIT - SECONDS - 10))
+  stage "$1" "$PYTHON" -m benchmarks.run "$1" --repeats "$2" --resume --limit "$left"
+}
+
+benchmark float8 20
+benchmark optim 30
+benchmark scaled_cast 20
 exit $failed

@@ -9,6 +9,8 @@ from aotrain.recipes import RECIPES
 from benchmarks import float8, registry, run
 from benchmarks.case import Case
 
+ORIGIN = ("hardware", "driver", "torch", "triton", "commit")
+
 
 @pytest.fixture
 def small(monkeypatch):
@@ -63,6 +65,39 @@ def test_cases_of_a_group_run_in_turns(tmp_path, monkeypatch):
     monkeypatch.setitem(run.BENCHMARKS, "scaled_cast", cases)
     assert run.main(["scaled_cast", "--out", str(tmp_path), "--repeats", "2"]) == 1
     assert order == 5 * ["alone"] + 5 * ["first", "second"] + 5 * ["other"]
+
+
+def test_a_run_that_is_cut_off_keeps_its_rows_and_resumes(tmp_path, monkeypatch, capsys):
+    stops = ["c"]
+
+    def cases(device):
+        for name, group in (("a", "g"), ("b", "g"), ("c", "")):
+            yield Case(
+                name=name,
+                shape="1x1",
+                run=lambda: None,
+                check=lambda name=name: stop(name),
+                bytes_moved=1,
+                group=group,
+            )
+
+    def stop(name):
+        if name in stops:
+            stops.clear()
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(run.BENCHMARKS, "scaled_cast", cases)
+    arguments = ["scaled_cast", "--out", str(tmp_path), "--repeats", "7", "--resume"]
+    with pytest.raises(KeyboardInterrupt):
+        run.main(arguments)
+    assert [row["case"] for row in csv.DictReader((tmp_path / "scaled_cast.csv").open())] == ["a", "b"]
+    assert run.main([*arguments, "--limit", "-1"]) == 2
+    assert "run again with --resume" in capsys.readouterr().err
+    assert run.main(arguments) == 0
+    assert [row["case"] for row in csv.DictReader((tmp_path / "scaled_cast.csv").open())] == ["a", "b", "c"]
+    monkeypatch.setattr(run, "environment", lambda device: dict.fromkeys(ORIGIN, "another commit"))
+    assert run.main(arguments) == 0
+    assert len(list(csv.DictReader((tmp_path / "scaled_cast.csv").open()))) == 6
 
 
 def test_float8_measures_our_recipes_beside_bfloat16(tmp_path, monkeypatch):
