@@ -94,6 +94,7 @@ PUBLIC = {
         "cast_operand",
         "cast_weight",
         "check_save_for_backward",
+        "scaled_grouped_mm",
         "scaled_linear",
         "transpose_quantized",
     ],

@@ -1,5 +1,6 @@
 """Autograd: the one layer that knows that a linear layer is three matrix products."""
 
+from aotrain.ops.scaled_grouped_mm import scaled_grouped_mm
 from aotrain.ops.scaled_linear import (
     OperandCasts,
     QuantizedWeight,
@@ -18,6 +19,7 @@ __all__ = [
     "cast_operand",
     "cast_weight",
     "check_save_for_backward",
+    "scaled_grouped_mm",
     "scaled_linear",
     "transpose_quantized",
 ]

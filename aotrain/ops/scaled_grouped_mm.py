@@ -1,0 +1,175 @@
+"""scaled_grouped_mm: the linear layers of all experts at once, with their three products in low precision.
+
+With x [M, K] sorted by expert, and x[e] the rows of expert e,
+
+    output[e]      = x[e] @ weight[e]         weight[e] is [K, N]      forward
+    grad_input[e]  = g[e] @ weight[e].T                                backward
+    grad_weight[e] = x[e].T @ g[e]                                     backward
+
+Every expert is a linear layer of its own: values and gradients are those of
+`scaled_linear(x[e], weight[e].T, bias, recipe)`, and no scale depends on another expert's rows. Experts have any number
+of rows, none included, without regard to what hardware aligns to.
+
+Kept for backward: x and the weight as they came, and nothing of one whose partner needs no gradient.
+"""
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+
+from aotrain.formats import Scaling
+from aotrain.kernels import scaled_cast
+from aotrain.kernels.grouped_cast import grouped_cast, grouped_cast_t
+from aotrain.kernels.groups import group_sum, row_groups
+from aotrain.kernels.scaled_grouped_mm import (
+    grouped_mm,
+    grouped_mm_contracted,
+    scaled_grouped_mm_contracted,
+)
+from aotrain.kernels.scaled_grouped_mm import scaled_grouped_mm as scaled_product
+from aotrain.recipes import LinearRecipe
+
+# Columns that hardware wants a group of a transposed 8-bit operand to start at a multiple of: 16 bytes.
+_ALIGN = 16
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    recipe: LinearRecipe
+    emulate: bool
+
+
+def scaled_grouped_mm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    offsets: torch.Tensor,
+    recipe: LinearRecipe,
+    *,
+    bias: torch.Tensor | None = None,
+    emulate: bool = False,
+) -> torch.Tensor:
+    """Each row of x times the matrix of its group. Differentiable in x, weight and bias.
+
+    Inside an autocast region x is first cast to the autocast dtype, as in `scaled_linear`.
+
+    Args:
+        x: [M, K], float32, bfloat16 or float16, rows sorted by group.
+        weight: [E, K, N], any of these dtypes and any strides: fast for the transposed view of an [E, N, K] parameter.
+        offsets: int32 [E] on x's device: the row after the last of each group, in order, the last one at most M.
+        recipe: formats of the three products, the same as for linear layers.
+        bias: None, [N], or [E, N] for one per group; added in the output's dtype.
+        emulate: compute low-precision products in bfloat16 arithmetic even on hardware that has them.
+
+    Returns:
+        [M, N] in x's dtype (the autocast dtype where that applies). Rows past the last group are zero, as is their
+        gradient, whatever x and the gradient of the output hold there.
+
+    Raises:
+        ValueError: shapes or devices that do not go together; on CPU also offsets out of order or beyond M, naming the
+            group. On a GPU nobody waits for the offsets: a group that ends before it starts counts as empty, and one
+            that ends beyond M ends there.
+        TypeError: offsets that are not int32.
+        RuntimeError: a GPU without the product and emulate=False.
+    """
+    _check(x, weight, offsets, bias)
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    return cast(torch.Tensor, _ScaledGroupedMM.apply(x, weight, bias, offsets, _Options(recipe, emulate)))
+
+
+def _check(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, bias: torch.Tensor | None) -> None:
+    if x.dim() != 2 or weight.dim() != 3 or x.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"scaled_grouped_mm got x of shape {tuple(x.shape)} and weight of shape {tuple(weight.shape)}; want x "
+            "[M, K] and weight [E, K, N], for an [E, N, K] parameter its transposed view `weight.mT`."
+        )
+    if offsets.dtype != torch.int32:
+        raise TypeError(f"scaled_grouped_mm got offsets of {offsets.dtype}; want int32: offsets.to(torch.int32).")
+    if tuple(offsets.shape) != (weight.shape[0],) or offsets.device != x.device:
+        raise ValueError(
+            f"scaled_grouped_mm got offsets of shape {tuple(offsets.shape)} on {offsets.device}; want the end offset "
+            f"of each of the {weight.shape[0]} groups, on {x.device}."
+        )
+    if bias is not None and tuple(bias.shape) not in ((weight.shape[2],), (weight.shape[0], weight.shape[2])):
+        raise ValueError(
+            f"scaled_grouped_mm got bias of shape {tuple(bias.shape)}; want ({weight.shape[2]},), or "
+            f"({weight.shape[0]}, {weight.shape[2]}) for one per group."
+        )
+
+
+class _ScaledGroupedMM(torch.autograd.Function):
+    """The three products of all groups."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        offsets: torch.Tensor,
+        options: _Options,
+    ) -> torch.Tensor:
+        gemm = options.recipe.output
+        if gemm.lhs is None or gemm.rhs is None:
+            y = grouped_mm(x, weight.to(x.dtype), offsets)
+        else:
+            x_q, w_q = grouped_cast(x, offsets, gemm.lhs), scaled_cast(weight.mT, gemm.rhs)
+            y = scaled_product(x_q, w_q, offsets, x.dtype, fast_accum=gemm.fast_accum, emulate=options.emulate)
+        if bias is not None:
+            y += _bias_of_rows(bias.to(y.dtype), offsets, y.shape[0])
+        ctx.save_for_backward(
+            x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None, offsets
+        )
+        ctx.options, ctx.dtypes = options, (x.dtype, weight.dtype)
+        ctx.bias = None if bias is None else (bias.dim(), bias.dtype)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad,) = grad_outputs
+        options: _Options = ctx.options
+        x, weight, offsets = ctx.saved_tensors
+        grad_input = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            gemm = options.recipe.grad_input
+            if gemm.lhs is None or gemm.rhs is None:
+                grad_input = grouped_mm(grad, weight.mT.to(grad.dtype), offsets).to(ctx.dtypes[0])
+            else:
+                grad_q, w_q = grouped_cast(grad, offsets, gemm.lhs), scaled_cast(weight, gemm.rhs)
+                grad_input = scaled_product(
+                    grad_q, w_q, offsets, ctx.dtypes[0], fast_accum=gemm.fast_accum, emulate=options.emulate
+                )
+        if ctx.needs_input_grad[1]:
+            grad_weight = _grad_weight(grad, x, offsets, options, ctx.dtypes[1]).mT  # [E, N, K] -> [E, K, N]
+        if ctx.needs_input_grad[2]:
+            dim, dtype = ctx.bias
+            grad_bias = group_sum(grad, offsets if dim == 2 else offsets[-1:]).to(dtype)
+            grad_bias = grad_bias if dim == 2 else grad_bias.sum(0)  # of no group: zeros
+        return grad_input, grad_weight, grad_bias, None, None
+
+
+def _grad_weight(
+    grad: torch.Tensor, x: torch.Tensor, offsets: torch.Tensor, options: _Options, dtype: torch.dtype
+) -> torch.Tensor:
+    """[E, N, K] in the weight's dtype."""
+    gemm = options.recipe.grad_weight
+    if gemm.lhs is None or gemm.rhs is None:
+        return grouped_mm_contracted(grad, x.to(grad.dtype), offsets).to(dtype)
+    align = max(_ALIGN, *_columns_of_blocks(gemm.lhs, gemm.rhs))
+    grad_t, x_t = (
+        grouped_cast_t(operand, offsets, scaling, align) for operand, scaling in ((grad, gemm.lhs), (x, gemm.rhs))
+    )
+    return scaled_grouped_mm_contracted(
+        *(grad_t, x_t, offsets, x.shape[0], align, dtype), fast_accum=gemm.fast_accum, emulate=options.emulate
+    )
+
+
+def _columns_of_blocks(*scalings: Scaling) -> tuple[int, ...]:
+    return tuple(scaling.block[1] for scaling in scalings)
+
+
+def _bias_of_rows(bias: torch.Tensor, offsets: torch.Tensor, rows: int) -> torch.Tensor:
+    """[M, N]: the bias of each row's group, zeros for rows that belong to none."""
+    table = bias.expand(offsets.shape[0], bias.shape[-1])
+    return torch.cat([table, table.new_zeros(1, table.shape[1])]).index_select(0, row_groups(offsets, rows))
