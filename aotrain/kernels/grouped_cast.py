@@ -1,21 +1,20 @@
 """grouped_cast: quantize the rows of a matrix that is sorted by group, or each group's transposition.
 
 Every group has the codes and scales that `scaled_cast` gives it alone: no block of elements with one scale reaches
-across groups. With E groups in a matrix x [M, K] and their end offsets (`aotrain.kernels.groups`):
+across groups. With E groups in a matrix x [M, K] (`aotrain.kernels.groups`):
 
-    grouped_cast      data [M, K]      group e is data[start:end]            what a product with 3-D weights takes
-    grouped_cast_t    data [K, M_pad]  group e is data[:, first:first + end - start]      what contracts the rows
+    grouped_cast      data [M, K]              group e is data[start:end], for a product with E matrices
+    grouped_cast_t    data [K, padded_rows]    group e is data[:, padded start:padded end], for a product that contracts
+                                               rows; it is the cast of the transposed group with zeros appended
 
-`M_pad` is `padded_size(M, E, align)` and `first` the padded start of the group; columns between groups are zeros. One
-scale per group becomes one scale per row, so a product sees two kinds of scales only:
+One scale per group becomes one scale per row, so a product sees two kinds of scales only:
 
-| block of the scaling | scale of grouped_cast | scale of grouped_cast_t                                |
-|----------------------|-----------------------|--------------------------------------------------------|
-| tensorwise, rowwise  | [M, 1]                | [E, K]                                                 |
-| 1 x n                | [M, ceil(K / n)]      | [K, M_pad / n], align is a multiple of n               |
+| block of the scaling | scale of grouped_cast | scale of grouped_cast_t    |
+|----------------------|-----------------------|----------------------------|
+| tensorwise, rowwise  | [M, 1]                | [E, K]                     |
+| 1 x n                | [M, ceil(K / n)]      | [K, padded_rows / n]       |
 
-Rows that belong to no group have codes in `grouped_cast` too, of themselves; no product reads them. Scales of padding
-are 1.
+What `grouped_cast` holds for rows of no group is unspecified; columns of no group in `grouped_cast_t` are zeros.
 """
 
 import torch
@@ -23,59 +22,63 @@ import torch
 from aotrain.formats import ELEMENT_FORMATS, ROWWISE, SCALE_FORMATS, TENSORWISE, ScaledTensor, Scaling, scale_shape
 from aotrain.formats.scaling import Block
 from aotrain.kernels._library import LIBRARY
-from aotrain.kernels.groups import group_bounds, padded_offsets, padded_size
+from aotrain.kernels.groups import GroupLayout, group_bounds, padded_rows
 from aotrain.kernels.scaled_cast import scaled_cast
 
 _SCALING = "str element, str scale, int block_rows, int block_columns"
 LIBRARY.define(
-    f"grouped_cast(Tensor x_hp, Tensor offsets, {_SCALING}) -> (Tensor data, Tensor scale)",
+    f"grouped_cast(Tensor x_hp, Tensor ends, {_SCALING}) -> (Tensor data, Tensor scale)",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
 LIBRARY.define(
-    f"grouped_cast_t(Tensor x_hp, Tensor offsets, int align, {_SCALING}) -> (Tensor data, Tensor scale)",
+    f"grouped_cast_t(Tensor x_hp, Tensor ends, Tensor padded_ends, int align, {_SCALING})"
+    " -> (Tensor data, Tensor scale)",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
 
 
-def grouped_cast(x_hp: torch.Tensor, offsets: torch.Tensor, scaling: Scaling) -> ScaledTensor:
+def grouped_cast(x_hp: torch.Tensor, layout: GroupLayout, scaling: Scaling) -> ScaledTensor:
     """Quantize the rows of every group, rounding to nearest.
 
     Args:
         x_hp: [M, K] float32, bfloat16 or float16, any strides.
-        offsets: int32 [E], end offsets of the groups.
+        layout: of its groups.
         scaling: target format; its block is tensorwise, rowwise or 1 x n.
 
     Returns:
         data [M, K] with one scale per row, or per n elements of a row.
 
     Raises:
-        ValueError: another block, stochastic rounding, or on CPU offsets out of order.
+        ValueError: another block, or stochastic rounding.
     """
     _check(scaling)
-    data, scale = torch.ops.aotrain.grouped_cast(x_hp, offsets, *_names(scaling))
+    data, scale = torch.ops.aotrain.grouped_cast(x_hp, layout.ends, *_names(scaling))
     return ScaledTensor(data, scale, rows_scaling(scaling))
 
 
-def grouped_cast_t(x_hp: torch.Tensor, offsets: torch.Tensor, scaling: Scaling, align: int) -> ScaledTensor:
+def grouped_cast_t(x_hp: torch.Tensor, layout: GroupLayout, scaling: Scaling) -> ScaledTensor:
     """Quantize the transposition of every group, rounding to nearest.
 
     Args:
         x_hp: [M, K] float32, bfloat16 or float16, any strides.
-        offsets: int32 [E], end offsets of the groups.
+        layout: of its groups; `align` is a multiple of n for blocks of 1 x n.
         scaling: of the transposition, in whose coordinates its block is: tensorwise, rowwise or 1 x n.
-        align: columns that every group starts at a multiple of; for blocks of 1 x n a multiple of n.
 
     Returns:
-        data [K, padded_size(M, E, align)]; scales as in the table above, so that for a rowwise block `scale_shape` does
-        not hold: every group has its own.
+        data [K, layout.padded_rows]; scales as in the table above, so that for a rowwise block `scale_shape` does not
+        hold: every group has its own.
 
     Raises:
-        ValueError: another block or `align`, stochastic rounding, or on CPU offsets out of order.
+        ValueError: another block or `align`, or stochastic rounding.
     """
     _check(scaling)
-    if align < 1 or (scaling.block[1] > 0 and align % scaling.block[1]):
-        raise ValueError(f"grouped_cast_t got align={align} for {scaling}; want a multiple of the block's columns.")
-    data, scale = torch.ops.aotrain.grouped_cast_t(x_hp, offsets, align, *_names(scaling))
+    if layout.align % max(1, scaling.block[1]):
+        raise ValueError(
+            f"grouped_cast_t got groups aligned to {layout.align} rows for {scaling}; want a multiple of the block."
+        )
+    data, scale = torch.ops.aotrain.grouped_cast_t(
+        x_hp, layout.ends, layout.padded_ends, layout.align, *_names(scaling)
+    )
     return ScaledTensor(data, scale, rows_scaling(scaling))
 
 
@@ -105,22 +108,21 @@ def _scaling(element: str, scale: str, block: Block) -> Scaling:
 
 
 def _reference(
-    x_hp: torch.Tensor, offsets: torch.Tensor, element: str, scale: str, block_rows: int, block_columns: int
+    x_hp: torch.Tensor, ends: torch.Tensor, element: str, scale: str, block_rows: int, block_columns: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     scaling = _scaling(element, scale, (block_rows, block_columns))
     if scaling.block != TENSORWISE:  # no scale reaches beyond a row
         return scaled_cast(x_hp, scaling)[:2]
-    bounds = group_bounds(offsets, x_hp.shape[0])
-    data = x_hp.new_empty(x_hp.shape, dtype=scaling.element.dtype)
-    scales = x_hp.new_empty((x_hp.shape[0], 1), dtype=scaling.scale.dtype)
-    for start, end in (*bounds, (bounds[-1][1] if bounds else 0, x_hp.shape[0])):
-        q = scaled_cast(x_hp[start:end], scaling)
-        data[start:end], scales[start:end] = q.data, q.scale
+    data, scales = _fake(x_hp, ends, element, scale, block_rows, block_columns)
+    data.view(torch.uint8).zero_()
+    scales.copy_(torch.ones((), device=x_hp.device))
+    for start, end in group_bounds(ends, x_hp.shape[0]):
+        data[start:end], scales[start:end], _ = scaled_cast(x_hp[start:end], scaling)
     return data, scales
 
 
 def _fake(
-    x_hp: torch.Tensor, offsets: torch.Tensor, element: str, scale: str, block_rows: int, block_columns: int
+    x_hp: torch.Tensor, ends: torch.Tensor, element: str, scale: str, block_rows: int, block_columns: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     block = rows_scaling(_scaling(element, scale, (block_rows, block_columns))).block
     data = x_hp.new_empty(x_hp.shape, dtype=ELEMENT_FORMATS[element].dtype)
@@ -128,32 +130,46 @@ def _fake(
 
 
 def _reference_t(
-    x_hp: torch.Tensor, offsets: torch.Tensor, align: int, element: str, scale: str, block_rows: int, block_columns: int
+    x_hp: torch.Tensor,
+    ends: torch.Tensor,
+    padded_ends: torch.Tensor,
+    align: int,
+    element: str,
+    scale: str,
+    block_rows: int,
+    block_columns: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     scaling = _scaling(element, scale, (block_rows, block_columns))
-    data, scales = _fake_t(x_hp, offsets, align, element, scale, block_rows, block_columns)
-    data.view(torch.uint8).zero_()
-    scales.copy_(torch.ones((), device=x_hp.device))
-    starts = [0, *padded_offsets(offsets, x_hp.shape[0], align).tolist()]
-    for group, (start, end) in enumerate(group_bounds(offsets, x_hp.shape[0])):
-        if start == end:
-            continue
-        q = scaled_cast(x_hp[start:end].t(), scaling)
-        data[:, starts[group] : starts[group] + end - start] = q.data
-        if block_columns == -1:
+    data, scales = _fake_t(x_hp, ends, padded_ends, align, element, scale, block_rows, block_columns)
+    rows = group_bounds(ends, x_hp.shape[0])
+    columns = group_bounds(padded_ends, data.shape[1])
+    used = columns[-1][1] if columns else 0
+    for group, ((start, end), (first, last)) in enumerate(
+        zip([*rows, (0, 0)], [*columns, (used, data.shape[1])], strict=True)
+    ):
+        padding = (0, last - first - (end - start))
+        q = scaled_cast(torch.nn.functional.pad(x_hp[start:end].t(), padding), scaling)
+        data[:, first:last] = q.data
+        if block_columns != -1:
+            scales[:, first // block_columns : last // block_columns] = q.scale
+        elif group < len(rows):
             scales[group] = q.scale.squeeze(1)
-        else:
-            first = starts[group] // block_columns
-            scales[:, first : first + q.scale.shape[1]] = q.scale
     return data, scales
 
 
 def _fake_t(
-    x_hp: torch.Tensor, offsets: torch.Tensor, align: int, element: str, scale: str, block_rows: int, block_columns: int
+    x_hp: torch.Tensor,
+    ends: torch.Tensor,
+    padded_ends: torch.Tensor,
+    align: int,
+    element: str,
+    scale: str,
+    block_rows: int,
+    block_columns: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows, columns = x_hp.shape
-    padded = padded_size(rows, offsets.shape[0], align)
-    shape = (offsets.shape[0], columns) if block_columns == -1 else (columns, padded // block_columns)
+    padded = padded_rows(rows, ends.shape[0], align)
+    shape = (ends.shape[0], columns) if block_columns == -1 else (columns, padded // block_columns)
     data = x_hp.new_empty((columns, padded), dtype=ELEMENT_FORMATS[element].dtype)
     return data, x_hp.new_empty(shape, dtype=SCALE_FORMATS[scale].dtype)
 

@@ -14,7 +14,7 @@ import torch
 from aotrain.formats import ELEMENT_FORMATS, SCALE_FORMATS, ScaledTensor, Scaling
 from aotrain.formats.scaling import Block
 from aotrain.kernels._library import LIBRARY
-from aotrain.kernels.groups import group_bounds, padded_offsets
+from aotrain.kernels.groups import GroupLayout, group_bounds
 from aotrain.kernels.scaled_mm import scaled_mm
 
 _OPERANDS = ", ".join(
@@ -22,16 +22,18 @@ _OPERANDS = ", ".join(
     for name in "ab"
 )
 _PRODUCT = "ScalarType out_dtype, bool fast_accum, bool emulate"
-LIBRARY.define(f"scaled_grouped_mm({_OPERANDS}, Tensor offsets, {_PRODUCT}) -> Tensor")
-LIBRARY.define(f"scaled_grouped_mm_contracted({_OPERANDS}, Tensor offsets, int rows, int align, {_PRODUCT}) -> Tensor")
-LIBRARY.define("grouped_mm(Tensor a, Tensor b, Tensor offsets) -> Tensor")
-LIBRARY.define("grouped_mm_contracted(Tensor a, Tensor b, Tensor offsets) -> Tensor")
+LIBRARY.define(f"scaled_grouped_mm({_OPERANDS}, Tensor ends, {_PRODUCT}) -> Tensor")
+LIBRARY.define(
+    f"scaled_grouped_mm_contracted({_OPERANDS}, Tensor ends, Tensor padded_ends, int rows, {_PRODUCT}) -> Tensor"
+)
+LIBRARY.define("grouped_mm(Tensor a, Tensor b, Tensor ends) -> Tensor")
+LIBRARY.define("grouped_mm_contracted(Tensor a, Tensor b, Tensor ends) -> Tensor")
 
 
 def scaled_grouped_mm(
     a: ScaledTensor,
     b: ScaledTensor,
-    offsets: torch.Tensor,
+    layout: GroupLayout,
     out_dtype: torch.dtype,
     *,
     fast_accum: bool = False,
@@ -42,23 +44,21 @@ def scaled_grouped_mm(
     Args:
         a: [M, K] from `grouped_cast`.
         b: [E, N, K] with the scales of E matrices that `scaled_mm` takes as its right operand.
-        offsets: int32 [E], end offsets.
+        layout: of the groups.
         out_dtype: float32, bfloat16 or float16.
         fast_accum, emulate: as in `scaled_mm`.
 
     Raises:
-        ValueError: scales that do not go together, or on CPU offsets out of order.
+        ValueError: scales that do not go together.
         RuntimeError: the GPU has no such product and `emulate` is off.
     """
-    return torch.ops.aotrain.scaled_grouped_mm(*_operand(a), *_operand(b), offsets, out_dtype, fast_accum, emulate)
+    return torch.ops.aotrain.scaled_grouped_mm(*_operand(a), *_operand(b), layout.ends, out_dtype, fast_accum, emulate)
 
 
 def scaled_grouped_mm_contracted(
     a: ScaledTensor,
     b: ScaledTensor,
-    offsets: torch.Tensor,
-    rows: int,
-    align: int,
+    layout: GroupLayout,
     out_dtype: torch.dtype,
     *,
     fast_accum: bool = False,
@@ -67,26 +67,24 @@ def scaled_grouped_mm_contracted(
     """`output[E, N, K]`, for each group `a[N, its rows] @ b[K, its rows].T`.
 
     Args:
-        a: [N, M_pad] from `grouped_cast_t` with `align`.
-        b: [K, M_pad] likewise.
-        offsets: int32 [E], end offsets in the matrices that were transposed.
-        rows: their number of rows M.
-        align: of the casts.
+        a: [N, padded_rows] from `grouped_cast_t`.
+        b: [K, padded_rows] likewise.
+        layout: of both casts.
         out_dtype, fast_accum, emulate: as in `scaled_grouped_mm`, which raises the same.
     """
     return torch.ops.aotrain.scaled_grouped_mm_contracted(
-        *_operand(a), *_operand(b), offsets, rows, align, out_dtype, fast_accum, emulate
+        *_operand(a), *_operand(b), layout.ends, layout.padded_ends, layout.rows, out_dtype, fast_accum, emulate
     )
 
 
-def grouped_mm(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+def grouped_mm(a: torch.Tensor, b: torch.Tensor, layout: GroupLayout) -> torch.Tensor:
     """`output[M, N] = a[M, K] @ b[E, K, N]` in high precision, each row with the matrix of its group."""
-    return torch.ops.aotrain.grouped_mm(a, b, offsets)
+    return torch.ops.aotrain.grouped_mm(a, b, layout.ends)
 
 
-def grouped_mm_contracted(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+def grouped_mm_contracted(a: torch.Tensor, b: torch.Tensor, layout: GroupLayout) -> torch.Tensor:
     """`output[E, N, K] = a[M, N].T @ b[M, K]` of each group's rows, in high precision."""
-    return torch.ops.aotrain.grouped_mm_contracted(a, b, offsets)
+    return torch.ops.aotrain.grouped_mm_contracted(a, b, layout.ends)
 
 
 def _operand(q: ScaledTensor) -> tuple[torch.Tensor, torch.Tensor, str, str, Block]:
@@ -108,14 +106,14 @@ def _reference(
     b_element: str,
     b_scale_format: str,
     b_block: Block,
-    offsets: torch.Tensor,
+    ends: torch.Tensor,
     out_dtype: torch.dtype,
     fast_accum: bool,
     emulate: bool,
 ) -> torch.Tensor:
     a_scaling, b_scaling = _scaling(a_element, a_scale_format, a_block), _scaling(b_element, b_scale_format, b_block)
     output = a.new_zeros((a.shape[0], b.shape[1]), dtype=out_dtype)
-    for group, (start, end) in enumerate(group_bounds(offsets, a.shape[0])):
+    for group, (start, end) in enumerate(group_bounds(ends, a.shape[0])):
         if end > start:
             output[start:end] = scaled_mm(
                 ScaledTensor(a[start:end], a_scale[start:end], a_scaling),
@@ -138,17 +136,17 @@ def _reference_contracted(
     b_element: str,
     b_scale_format: str,
     b_block: Block,
-    offsets: torch.Tensor,
+    ends: torch.Tensor,
+    padded_ends: torch.Tensor,
     rows: int,
-    align: int,
     out_dtype: torch.dtype,
     fast_accum: bool,
     emulate: bool,
 ) -> torch.Tensor:
     a_scaling, b_scaling = _scaling(a_element, a_scale_format, a_block), _scaling(b_element, b_scale_format, b_block)
-    output = a.new_zeros((offsets.shape[0], a.shape[0], b.shape[0]), dtype=out_dtype)
-    starts = [0, *padded_offsets(offsets, rows, align).tolist()]
-    for group, (start, end) in enumerate(group_bounds(offsets, rows)):
+    output = a.new_zeros((ends.shape[0], a.shape[0], b.shape[0]), dtype=out_dtype)
+    starts = [0, *padded_ends.tolist()]
+    for group, (start, end) in enumerate(group_bounds(ends, rows)):
         if end > start:
             first, size = starts[group], end - start
             output[group] = scaled_mm(
@@ -181,35 +179,35 @@ def _fake(a: torch.Tensor, *arguments: object) -> torch.Tensor:
 
 
 def _fake_contracted(a: torch.Tensor, *arguments: object) -> torch.Tensor:
-    b, offsets, out_dtype = arguments[4], arguments[9], arguments[12]
+    b, ends, out_dtype = arguments[4], arguments[9], arguments[12]
     assert isinstance(b, torch.Tensor)
-    assert isinstance(offsets, torch.Tensor)
+    assert isinstance(ends, torch.Tensor)
     assert isinstance(out_dtype, torch.dtype)
-    return a.new_empty((offsets.shape[0], a.shape[0], b.shape[0]), dtype=out_dtype)
+    return a.new_empty((ends.shape[0], a.shape[0], b.shape[0]), dtype=out_dtype)
 
 
-def _grouped_mm(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+def _grouped_mm(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     output = a.new_zeros((a.shape[0], b.shape[2]))
-    for group, (start, end) in enumerate(group_bounds(offsets, a.shape[0])):
+    for group, (start, end) in enumerate(group_bounds(ends, a.shape[0])):
         if end > start:
             output[start:end] = a[start:end] @ b[group]
     return output
 
 
-def _grouped_mm_contracted(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    output = a.new_zeros((offsets.shape[0], a.shape[1], b.shape[1]))
-    for group, (start, end) in enumerate(group_bounds(offsets, a.shape[0])):
+def _grouped_mm_contracted(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    output = a.new_zeros((ends.shape[0], a.shape[1], b.shape[1]))
+    for group, (start, end) in enumerate(group_bounds(ends, a.shape[0])):
         if end > start:
             output[group] = a[start:end].t() @ b[start:end]
     return output
 
 
-def _fake_grouped_mm(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+def _fake_grouped_mm(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     return a.new_empty((a.shape[0], b.shape[2]))
 
 
-def _fake_grouped_mm_contracted(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    return a.new_empty((offsets.shape[0], a.shape[1], b.shape[1]))
+def _fake_grouped_mm_contracted(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    return a.new_empty((ends.shape[0], a.shape[1], b.shape[1]))
 
 
 for _name, _implementation, _fake_implementation in (

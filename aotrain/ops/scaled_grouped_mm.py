@@ -18,10 +18,9 @@ from typing import Any, cast
 
 import torch
 
-from aotrain.formats import Scaling
 from aotrain.kernels import scaled_cast
 from aotrain.kernels.grouped_cast import grouped_cast, grouped_cast_t
-from aotrain.kernels.groups import group_sum, row_groups
+from aotrain.kernels.groups import GroupLayout, group_layout, group_sum, row_groups
 from aotrain.kernels.scaled_grouped_mm import (
     grouped_mm,
     grouped_mm_contracted,
@@ -75,7 +74,8 @@ def scaled_grouped_mm(
     _check(x, weight, offsets, bias)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    return cast(torch.Tensor, _ScaledGroupedMM.apply(x, weight, bias, offsets, _Options(recipe, emulate)))
+    layout = group_layout(offsets, x.shape[0], _alignment(recipe))
+    return cast(torch.Tensor, _ScaledGroupedMM.apply(x, weight, bias, *layout[:2], _Options(recipe, emulate)))
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -107,19 +107,22 @@ class _ScaledGroupedMM(torch.autograd.Function):
         x: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
-        offsets: torch.Tensor,
+        ends: torch.Tensor,
+        padded_ends: torch.Tensor,
         options: _Options,
     ) -> torch.Tensor:
+        layout = GroupLayout(ends, padded_ends, x.shape[0], _alignment(options.recipe))
         gemm = options.recipe.output
         if gemm.lhs is None or gemm.rhs is None:
-            y = grouped_mm(x, weight.to(x.dtype), offsets)
+            y = grouped_mm(x, weight.to(x.dtype), layout)
         else:
-            x_q, w_q = grouped_cast(x, offsets, gemm.lhs), scaled_cast(weight.mT, gemm.rhs)
-            y = scaled_product(x_q, w_q, offsets, x.dtype, fast_accum=gemm.fast_accum, emulate=options.emulate)
+            x_q, w_q = grouped_cast(x, layout, gemm.lhs), scaled_cast(weight.mT, gemm.rhs)
+            y = scaled_product(x_q, w_q, layout, x.dtype, fast_accum=gemm.fast_accum, emulate=options.emulate)
         if bias is not None:
-            y += _bias_of_rows(bias.to(y.dtype), offsets, y.shape[0])
+            y += _bias_of_rows(bias.to(y.dtype), layout)
         ctx.save_for_backward(
-            x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None, offsets
+            *(x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None),
+            *(ends, padded_ends),
         )
         ctx.options, ctx.dtypes = options, (x.dtype, weight.dtype)
         ctx.bias = None if bias is None else (bias.dim(), bias.dtype)
@@ -129,47 +132,47 @@ class _ScaledGroupedMM(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,) = grad_outputs
         options: _Options = ctx.options
-        x, weight, offsets = ctx.saved_tensors
+        x, weight, ends, padded_ends = ctx.saved_tensors
+        layout = GroupLayout(ends, padded_ends, grad.shape[0], _alignment(options.recipe))
         grad_input = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             gemm = options.recipe.grad_input
             if gemm.lhs is None or gemm.rhs is None:
-                grad_input = grouped_mm(grad, weight.mT.to(grad.dtype), offsets).to(ctx.dtypes[0])
+                grad_input = grouped_mm(grad, weight.mT.to(grad.dtype), layout).to(ctx.dtypes[0])
             else:
-                grad_q, w_q = grouped_cast(grad, offsets, gemm.lhs), scaled_cast(weight, gemm.rhs)
+                grad_q, w_q = grouped_cast(grad, layout, gemm.lhs), scaled_cast(weight, gemm.rhs)
                 grad_input = scaled_product(
-                    grad_q, w_q, offsets, ctx.dtypes[0], fast_accum=gemm.fast_accum, emulate=options.emulate
+                    grad_q, w_q, layout, ctx.dtypes[0], fast_accum=gemm.fast_accum, emulate=options.emulate
                 )
         if ctx.needs_input_grad[1]:
-            grad_weight = _grad_weight(grad, x, offsets, options, ctx.dtypes[1]).mT  # [E, N, K] -> [E, K, N]
+            grad_weight = _grad_weight(grad, x, layout, options, ctx.dtypes[1]).mT  # [E, N, K] -> [E, K, N]
         if ctx.needs_input_grad[2]:
             dim, dtype = ctx.bias
-            grad_bias = group_sum(grad, offsets if dim == 2 else offsets[-1:]).to(dtype)
+            grad_bias = group_sum(grad, ends if dim == 2 else ends[-1:]).to(dtype)
             grad_bias = grad_bias if dim == 2 else grad_bias.sum(0)  # of no group: zeros
-        return grad_input, grad_weight, grad_bias, None, None
+        return grad_input, grad_weight, grad_bias, None, None, None
 
 
 def _grad_weight(
-    grad: torch.Tensor, x: torch.Tensor, offsets: torch.Tensor, options: _Options, dtype: torch.dtype
+    grad: torch.Tensor, x: torch.Tensor, layout: GroupLayout, options: _Options, dtype: torch.dtype
 ) -> torch.Tensor:
     """[E, N, K] in the weight's dtype."""
     gemm = options.recipe.grad_weight
     if gemm.lhs is None or gemm.rhs is None:
-        return grouped_mm_contracted(grad, x.to(grad.dtype), offsets).to(dtype)
-    align = max(_ALIGN, *_columns_of_blocks(gemm.lhs, gemm.rhs))
-    grad_t, x_t = (
-        grouped_cast_t(operand, offsets, scaling, align) for operand, scaling in ((grad, gemm.lhs), (x, gemm.rhs))
-    )
+        return grouped_mm_contracted(grad, x.to(grad.dtype), layout).to(dtype)
+    grad_t, x_t = grouped_cast_t(grad, layout, gemm.lhs), grouped_cast_t(x, layout, gemm.rhs)
     return scaled_grouped_mm_contracted(
-        *(grad_t, x_t, offsets, x.shape[0], align, dtype), fast_accum=gemm.fast_accum, emulate=options.emulate
+        *(grad_t, x_t, layout, dtype), fast_accum=gemm.fast_accum, emulate=options.emulate
     )
 
 
-def _columns_of_blocks(*scalings: Scaling) -> tuple[int, ...]:
-    return tuple(scaling.block[1] for scaling in scalings)
+def _alignment(recipe: LinearRecipe) -> int:
+    """Columns that a group of a transposed operand of grad_weight takes a multiple of: 16 bytes, and whole blocks."""
+    scalings = (recipe.grad_weight.lhs, recipe.grad_weight.rhs)
+    return max(_ALIGN, *(0 if scaling is None else scaling.block[1] for scaling in scalings))
 
 
-def _bias_of_rows(bias: torch.Tensor, offsets: torch.Tensor, rows: int) -> torch.Tensor:
+def _bias_of_rows(bias: torch.Tensor, layout: GroupLayout) -> torch.Tensor:
     """[M, N]: the bias of each row's group, zeros for rows that belong to none."""
-    table = bias.expand(offsets.shape[0], bias.shape[-1])
-    return torch.cat([table, table.new_zeros(1, table.shape[1])]).index_select(0, row_groups(offsets, rows))
+    table = bias.expand(layout.ends.shape[0], bias.shape[-1])
+    return torch.cat([table, table.new_zeros(1, table.shape[1])]).index_select(0, row_groups(layout.ends, layout.rows))

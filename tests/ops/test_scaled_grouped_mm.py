@@ -172,7 +172,8 @@ def test_only_the_needed_gradients(name: str):
         inputs = [t if t is leaf else t.detach() for t in (x, weight)]
         y = scaled_grouped_mm(*inputs, offsets, recipe)
         saved = [t for t in y.grad_fn.saved_tensors if t is not None]
-        assert [t.data_ptr() for t in saved] == [inputs[2 - kept].data_ptr(), offsets.data_ptr()]
+        assert len(saved) == 3  # with the layout of the groups
+        assert saved[0].data_ptr() == inputs[2 - kept].data_ptr()
         assert_bitwise_equal(torch.autograd.grad(y, leaf, grad)[0], want[kept])
 
 
