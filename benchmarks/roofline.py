@@ -14,7 +14,8 @@ from collections.abc import Iterator
 
 from aotrain.gpus import GPUS
 from aotrain.nn.filters import PUBLISHED_TOKENS, PUBLISHED_TOO_SMALL
-from aotrain.nn.plan import MIN_GAIN, layer_gain
+from aotrain.nn.layer_times import layer_gain
+from aotrain.nn.plan import MIN_GAIN
 from aotrain.nn.roofline import Factors, Roofline
 from aotrain.recipes import RECIPES
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +26,7 @@ def plan(
     recipe: Annotated[str | None, _optional("NAME")] = None,
     tokens: Annotated[int | None, _optional("N")] = None,
     tp: Annotated[int | None, _optional("N")] = None,
+    ep: Annotated[int | None, _optional("N")] = None,
     gpu: Annotated[str | None, _optional("NAME")] = None,
     out: Annotated[Path | None, _optional("FILE")] = None,
     skip: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="LAYER")] = (),
@@ -45,6 +47,7 @@ def plan(
         tokens: tokens per GPU and forward pass (with tensor parallelism, of the ranks that split the layers together).
             Default: the job's batch_size * seq_len, else 16384.
         tp: tensor-parallel ranks. Default: the job's, else 1.
+        ep: ranks that divide the experts of a mixture. Default: the job's, else 1.
         gpu: H100, H200, B200, A100, L40S, "RTX 4090" or MI300X: compute from its data sheet. Default: measure on the
             local GPU; without one, H100.
         out: write a YAML file with the precision section (recipe and skip list) for `aotrain pretrain`.
@@ -64,9 +67,10 @@ def plan(
         recipe = recipe_of(recipe) if recipe is not None else None
         if gpu is not None:
             find_gpu(gpu)
-        _check(tokens, tp, other_share, out)
+        _check({"tokens": tokens, "tp": tp, "ep": ep}, other_share, out)
         target = find_target(model, set)
-        made = _make(target, recipe, tokens, tp, gpu, skip, other_share, remeasure)
+        sizes = {"tokens": tokens or target.tokens, "tp": tp or target.tp, "ep": ep or target.ep}
+        made = _make(target, recipe, sizes, gpu, skip, other_share, remeasure)
     except (ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -79,9 +83,9 @@ def plan(
     return 0
 
 
-def _check(tokens: int | None, tp: int | None, other_share: float | None, out: Path | None) -> None:
+def _check(counts: Mapping[str, int | None], other_share: float | None, out: Path | None) -> None:
     """Raise ValueError for what cannot be, before torch is loaded."""
-    for name, value in (("tokens", tokens), ("tp", tp)):
+    for name, value in counts.items():
         if value is not None and value < 1:
             raise ValueError(f"--{name} got {value}, want at least 1")
     if other_share is not None and not 0 <= other_share < 1:
@@ -93,8 +97,7 @@ def _check(tokens: int | None, tp: int | None, other_share: float | None, out: P
 def _make(
     target: PlanTarget,
     recipe: str | None,
-    tokens: int | None,
-    tp: int | None,
+    sizes: Mapping[str, int],
     gpu: str | None,
     skip: tuple[str, ...],
     other_share: float | None,
@@ -108,7 +111,7 @@ def _make(
 
     shapes = target.shapes()
     if not skip:
-        named = (entry for entry in target.skip if any(matches_skip(fqn, entry) for fqn, _, _ in shapes))
+        named = (entry for entry in target.skip if any(matches_skip(layer[0], entry) for layer in shapes))
         skip = target.skip if target.skip_is_given else tuple(named)
     times = times_for(gpu, refresh=remeasure)
     if isinstance(times, Measured):
@@ -116,8 +119,9 @@ def _make(
     return make_plan(
         shapes,
         recipe or target.recipe,
-        tokens=tokens or target.tokens,
-        tp=tp or target.tp,
+        tokens=sizes["tokens"],
+        tp=sizes["tp"],
+        ep=sizes["ep"],
         times=times,
         skip=skip,
         other_share=other_share,

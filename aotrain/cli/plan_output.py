@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from aotrain.nn import Plan, PlanRow
 
 # Columns of a table that does not go to a screen.
-_FILE_WIDTH = 140
+_FILE_WIDTH = 160
 
 
 def print_plan(plan: Plan, title: str) -> None:
@@ -28,14 +28,15 @@ def print_plan(plan: Plan, title: str) -> None:
     for heading in ("count", "N", "K", "bf16 ms", "casts ms", "products ms", "gain"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("decision", no_wrap=True)
-    table.add_column("reason", overflow="fold")
+    table.add_column("reason", overflow="fold", min_width=20)
     for name, rows in _groups(plan.rows).items():
         row = rows[0]
         low = (f"{1e3 * row.cast_seconds:.3f}", f"{1e3 * row.gemm_seconds:.3f}", f"x{row.gain:.2f}")
         cells = (f"{1e3 * row.bf16_seconds:.3f}", *(low if row.gemm_seconds else ("-",) * 3))
         style = "green" if row.decision == "convert" else ""
+        layer = f"{name[0]} ({row.experts} experts)" if row.experts else name[0]
         table.add_row(
-            *(escape(name[0]), str(len(rows)), str(row.n), str(row.k), *cells, row.decision, escape(row.reason)),
+            *(escape(layer), str(len(rows)), str(row.n), str(row.k), *cells, row.decision, escape(row.reason)),
             style=style,
         )
     console.print(table)

@@ -1,6 +1,6 @@
 """What `aotrain plan` is asked to plan: a job file, a torchtitan model or a config.json, found without importing torch.
 
-``find_target`` checks the names; ``PlanTarget.shapes`` then imports what it needs and lists the linear layers.
+``find_target`` checks the names; ``PlanTarget.shapes`` then imports what it needs and lists the layers.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import typing
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
@@ -17,7 +18,8 @@ from aotrain.integrations.config_file import JobError
 from aotrain.integrations.torchtitan.batch import batch_sizes
 from aotrain.integrations.torchtitan.job import Precision, PretrainJob, load_job
 
-Shape = tuple[str, int, int]
+if TYPE_CHECKING:
+    from aotrain.nn.layer_times import Layer
 
 # Without a job: as many tokens as the published measurements of float8 linear layers were made with.
 DEFAULT_TOKENS = 16384
@@ -31,12 +33,13 @@ class PlanTarget:
 
     # As printed.
     name: str
-    # Lists (name, N, K) of the linear layers.
-    shapes: Callable[[], list[Shape]]
+    # Lists the linear layers and experts.
+    shapes: Callable[[], list[Layer]]
     recipe: str = DEFAULT_RECIPE
     # Rows of x per forward pass and data-parallel rank.
     tokens: int = DEFAULT_TOKENS
     tp: int = 1
+    ep: int = 1
     # Entries that match no layer of this model are dropped unless `skip_is_given`.
     skip: tuple[str, ...] = DEFAULT_SKIP
     skip_is_given: bool = False
@@ -124,16 +127,16 @@ def _stock_size(family: str, size: str) -> str:
     return {each.lower(): each for each in families()[family]}[size.lower()]
 
 
-def _torchtitan_shapes(family: str, size: str) -> list[Shape]:
-    from aotrain.integrations.torchtitan.shapes import linear_shapes
+def _torchtitan_shapes(family: str, size: str) -> list[Layer]:
+    from aotrain.integrations.torchtitan.shapes import layer_shapes
 
-    return linear_shapes(family, size)
+    return layer_shapes(family, size)
 
 
-def _huggingface_shapes(folder: Path) -> list[Shape]:
-    from aotrain.integrations.huggingface.shapes import linear_shapes
+def _huggingface_shapes(folder: Path) -> list[Layer]:
+    from aotrain.integrations.huggingface.shapes import layer_shapes
 
-    return linear_shapes(folder)
+    return layer_shapes(folder)
 
 
 def _want(got: str, valid: Iterable[str]) -> str:

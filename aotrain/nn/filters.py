@@ -11,7 +11,8 @@ from typing import Any
 
 from aotrain.gpus import find_gpu
 from aotrain.nn.float8_config import Float8LinearRecipeName
-from aotrain.nn.plan import MIN_GAIN, layer_gain
+from aotrain.nn.layer_times import layer_gain
+from aotrain.nn.plan import MIN_GAIN
 from aotrain.nn.roofline import Roofline, Times
 from aotrain.recipes import RECIPES, recipe_name
 

@@ -5,6 +5,7 @@ them for a recipe. A test compares the list with the casts of a real forward and
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from aotrain.formats import BLOCKWISE_1X128, ROWWISE, TENSORWISE, Scaling
 from aotrain.formats.scaling import Block
@@ -32,12 +33,23 @@ class Cast:
 
 @dataclass(frozen=True, slots=True)
 class Gemm:
-    """One product [rows, contracted] @ [columns, contracted].T."""
+    """One product [rows, contracted] @ [columns, contracted].T, or as many products as there are groups.
+
+    Attributes:
+        rows: of the left operand, of all groups together if they divide it.
+        columns: rows of the right operand, of one group.
+        contracted: of all groups together if they divide it.
+        recipe: formats.
+        groups: how many; above 1 every product has its own part of `divided` and its own right operand, or output.
+        divided: what the groups are parts of.
+    """
 
     rows: int
     columns: int
     contracted: int
     recipe: GemmRecipe
+    groups: int = 1
+    divided: Literal["rows", "contracted"] = "rows"
 
 
 def linear_gemms(m: int, n: int, k: int, recipe: LinearRecipe | None) -> tuple[Gemm, Gemm, Gemm]:

@@ -22,6 +22,15 @@ import torch
 import aotrain.kernels
 from aotrain.formats import INT8
 from aotrain.kernels import native_scaled_mm_problem, scaled_cast, scaled_cast_both, scaled_mm
+from aotrain.kernels.grouped_cast import grouped_cast, grouped_cast_t
+from aotrain.kernels.groups import group_layout
+from aotrain.kernels.scaled_grouped_mm import (
+    grouped_mm,
+    grouped_mm_contracted,
+    scaled_grouped_mm,
+    scaled_grouped_mm_contracted,
+)
+from aotrain.kernels.scaled_mm import NATIVE_ALIGNMENT
 from aotrain.nn.linear_work import Cast, Gemm, gemm_block
 from aotrain.recipes import LinearRecipe
 
@@ -72,6 +81,8 @@ class Measured:
 
     def gemm(self, gemm: Gemm) -> float:
         key = f"gemm {gemm.rows}x{gemm.columns}x{gemm.contracted} {gemm.recipe} fast_accum={gemm.recipe.fast_accum}"
+        if gemm.groups > 1:
+            return self._measured(f"{key} {gemm.groups} groups of {gemm.divided}", lambda: self._time_groups(gemm))
         return self._measured(key, lambda: self._time_gemm(gemm))
 
     def cast(self, cast: Cast) -> float:
@@ -107,6 +118,29 @@ class Measured:
         a_q, b_q = scaled_cast(a, recipe.lhs), scaled_cast(b, recipe.rhs)
         return factor * self._time(lambda: scaled_mm(a_q, b_q, torch.bfloat16, fast_accum=recipe.fast_accum))
 
+    def _time_groups(self, gemm: Gemm) -> float:
+        """Groups of equal size."""
+        (rows, columns, contracted), factor = _within_limit([gemm.rows, gemm.columns, gemm.contracted])
+        recipe, by_rows = gemm.recipe, gemm.divided == "rows"
+        divided = rows if by_rows else contracted
+        offsets = (torch.arange(1, gemm.groups + 1, device=self.device) * divided // gemm.groups).to(torch.int32)
+        options = {"fast_accum": recipe.fast_accum}
+        if recipe.lhs is None or recipe.rhs is None:
+            layout = group_layout(offsets, divided, 1)
+            if by_rows:
+                a, b = self._randn(rows, contracted), self._randn(gemm.groups, columns, contracted)
+                return factor * self._time(lambda: grouped_mm(a, b.mT, layout))
+            a, b = self._randn(contracted, rows), self._randn(contracted, columns)
+            return factor * self._time(lambda: grouped_mm_contracted(a, b, layout))
+        layout = group_layout(offsets, divided, max(NATIVE_ALIGNMENT, recipe.lhs.block[1], recipe.rhs.block[1]))
+        if by_rows:
+            a_q = grouped_cast(self._randn(rows, contracted), layout, recipe.lhs)
+            b_q = scaled_cast(self._randn(gemm.groups, columns, contracted), recipe.rhs)
+            return factor * self._time(lambda: scaled_grouped_mm(a_q, b_q, layout, torch.bfloat16, **options))
+        a_q = grouped_cast_t(self._randn(contracted, rows), layout, recipe.lhs)
+        b_q = grouped_cast_t(self._randn(contracted, columns), layout, recipe.rhs)
+        return factor * self._time(lambda: scaled_grouped_mm_contracted(a_q, b_q, layout, torch.bfloat16, **options))
+
     def _time_cast(self, cast: Cast) -> float:
         (rows, columns), factor = _within_limit([cast.rows, cast.columns])
         x = self._randn(columns, rows).t() if cast.transposed else self._randn(rows, columns)
@@ -119,8 +153,8 @@ class Measured:
             return factor * self._time(lambda: scaled_cast_both(x, scaling, scaling_t))
         return factor * self._time(lambda: scaled_cast(x, scaling))
 
-    def _randn(self, rows: int, columns: int) -> torch.Tensor:
-        return torch.randn(rows, columns, device=self.device, dtype=torch.bfloat16)
+    def _randn(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=self.device, dtype=torch.bfloat16)
 
     def _time(self, run: Callable[[], object]) -> float:
         for _ in range(_WARMUP):

@@ -8,8 +8,9 @@ A layer's time is that of its three products plus, with a recipe, the casts that
 come from is the `Times` object: this machine's GPU, or a data sheet (`aotrain.nn.roofline`, a model).
 
 The rest of a step (attention, norms, activations, optimizer, communication, recomputation) is taken to be in proportion
-to the layers' inputs and outputs, with one factor from a published run; see `OTHER_COPIES`. Not seen at all: weight
-casts that are kept over several forward passes, experts of a mixture, and what torch.compile fuses.
+to the layers' inputs and outputs, with one factor from a published run; see `OTHER_COPIES`. The experts of a mixture
+are one row, because they are converted together; tokens are taken to spread evenly over them. Not seen at all: weight
+casts that are kept over several forward passes, and what torch.compile fuses.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,9 @@ from typing import Any, Literal
 import torch
 
 from aotrain.gpus import DEFAULT_GPU, find_gpu
-from aotrain.nn.linear_work import Cast, linear_casts, linear_gemms
+from aotrain.nn.expert_work import Experts
+from aotrain.nn.layer_times import ROUTERS, Layer, Shape, layer_seconds, shard, sides
+from aotrain.nn.linear_work import Cast
 from aotrain.nn.measure import Measured
 from aotrain.nn.roofline import Roofline, Times
 from aotrain.nn.skips import matches_skip, skip_patterns
@@ -32,15 +35,6 @@ MIN_GAIN = 1.03
 # activation checkpointing, 6150 tokens/s per GPU = 1.33 s per step, of which the model gives 0.64 s to linear layers.
 OTHER_COPIES = 51
 
-# (dotted name, out_features N, in_features K)
-Shape = tuple[str, int, int]
-
-# Layers whose input is split by tensor parallelism, by the last part of their name; the output of all others is.
-_ROW_PARALLEL = {"wo", "w2", "o_proj", "out_proj", "down_proj", "c_proj", "fc2", "dense_4h_to_h", "proj_out"}
-# Layers that every rank holds whole: routers, and the down-projections of latent attention.
-_ROUTERS = {"gate", "router"}
-_REPLICATED = {*_ROUTERS, "wq_a", "wkv_a", "q_a_proj", "kv_a_proj_with_mqa"}
-
 
 @dataclass(frozen=True, slots=True)
 class PlanRow:
@@ -48,11 +42,12 @@ class PlanRow:
 
     Attributes:
         fqn: dotted name.
-        n: output features.
-        k: input features.
-        bf16_seconds: its three products in bfloat16.
+        n: output features; of experts, those of their first product.
+        k: input features, likewise.
+        experts: how many, of one GPU; 0 for a linear layer.
+        bf16_seconds: its products in bfloat16.
         cast_seconds: the casts of the recipe.
-        gemm_seconds: its three products in the recipe.
+        gemm_seconds: its products in the recipe.
         decision: "convert" or "keep".
         reason: why.
     """
@@ -65,6 +60,7 @@ class PlanRow:
     gemm_seconds: float
     decision: Literal["convert", "keep"]
     reason: str
+    experts: int = 0
 
     @property
     def gain(self) -> float:
@@ -177,24 +173,27 @@ class Plan:
 
 
 def make_plan(
-    model: torch.nn.Module | Sequence[Shape],
+    model: torch.nn.Module | Sequence[Layer],
     recipe: str,
     *,
     tokens: int,
     tp: int = 1,
+    ep: int = 1,
     gpu: str | None = None,
     times: Times | None = None,
     skip: Sequence[str] = (),
     save_for_backward: str = "high_precision",
     other_share: float | None = None,
 ) -> Plan:
-    """Judge every linear layer of a model.
+    """Judge every linear layer of a model, and its experts.
 
     Args:
-        model: a module, on the meta device if it is large, or its linear layers as (name, N, K).
+        model: a module, on the meta device if it is large, of which only the linear layers are seen; or linear layers
+            as (name, N, K) and experts as `Experts`.
         recipe: name or alias.
         tokens: rows of x per forward pass on one GPU (of all ranks that split the layers together).
         tp: tensor-parallel ranks.
+        ep: expert-parallel ranks, each of which brings `tokens` of its own.
         gpu: a name of `aotrain.gpus.GPUS`, for its data sheet; default the local GPU, measured, else H100's data sheet.
         times: overrides gpu.
         skip: layers to keep, as in a job's `precision.skip`.
@@ -205,21 +204,20 @@ def make_plan(
         ValueError: unknown recipe or GPU, no linear layer, a skip that matches none, or a number out of range.
     """
     name = recipe_name(recipe)
-    shapes = linear_shapes(model) if isinstance(model, torch.nn.Module) else list(model)
-    _check(shapes, tokens, tp, skip, other_share)
+    layers = list(linear_shapes(model) if isinstance(model, torch.nn.Module) else model)
+    _check(layers, (("tokens", tokens), ("tp", tp), ("ep", ep)), skip, other_share)
     times = times_for(gpu) if times is None else times
     problem = times.problem(RECIPES[name])
     rows = []
-    for fqn, n, k in shapes:
-        n, k = shard(fqn, n, k, tp)
-        reason = next((f"matches skip {pattern!r}" for pattern in skip if matches_skip(fqn, pattern)), problem)
-        rows.append(_judge((fqn, n, k), tokens, None if problem else RECIPES[name], times, save_for_backward, reason))
-    linear = sum(row.bf16_seconds for row in rows)
+    layers = [shard(layer, tp, ep) for layer in layers]
+    for layer in layers:
+        reason = next((f"matches skip {pattern!r}" for pattern in skip if matches_skip(layer[0], pattern)), problem)
+        rows.append(_judge(layer, tokens, None if problem else RECIPES[name], times, save_for_backward, reason))
     if other_share is not None:
-        other = linear * other_share / (1 - other_share)
+        other = sum(row.bf16_seconds for row in rows) * other_share / (1 - other_share)
     else:
-        copies = (times.cast(Cast(tokens, size, None, False)) for row in rows for size in (row.n, row.k))
-        other = OTHER_COPIES * sum(copies)
+        copies = (Cast(*side, None, False) for layer in layers for side in sides(layer, tokens))
+        other = OTHER_COPIES * sum(times.cast(copy) for copy in copies)
     alternatives = tuple(other_name for other_name in RECIPES if times.problem(RECIPES[other_name]) is None)
     return Plan(
         recipe=name,
@@ -230,7 +228,7 @@ def make_plan(
         other_seconds=other,
         problem=problem,
         alternatives=alternatives,
-        notes=() if problem else (*_routing(shapes), *times.notes(RECIPES[name])),
+        notes=() if problem else (*_routing(layers), *times.notes(RECIPES[name])),
     )
 
 
@@ -255,68 +253,54 @@ def linear_shapes(model: torch.nn.Module) -> list[Shape]:
     ]
 
 
-def shard(fqn: str, n: int, k: int, tp: int) -> tuple[int, int]:
-    """N and K of one of `tp` ranks, judged by the layer's name; what does not divide is rounded up."""
-    last = fqn.rpartition(".")[2]
-    if last in _REPLICATED:
-        return n, k
-    return (n, -(-k // tp)) if last in _ROW_PARALLEL else (-(-n // tp), k)
-
-
-def layer_seconds(
-    n: int, k: int, tokens: int, recipe: LinearRecipe | None, times: Times, save_for_backward: str = "high_precision"
-) -> tuple[float, float]:
-    """(casts, products) of one forward and backward; recipe None is bfloat16."""
-    products = sum(times.gemm(gemm) for gemm in linear_gemms(tokens, n, k, recipe))
-    if recipe is None:
-        return 0.0, products
-    return sum(times.cast(cast) for cast in linear_casts(tokens, n, k, recipe, save_for_backward)), products
-
-
-def layer_gain(n: int, k: int, tokens: int, recipe: LinearRecipe, times: Times) -> float:
-    """How many times faster the recipe makes a layer."""
-    return sum(layer_seconds(n, k, tokens, None, times)) / sum(layer_seconds(n, k, tokens, recipe, times))
-
-
 def _judge(
-    shape: Shape, tokens: int, recipe: LinearRecipe | None, times: Times, save_for_backward: str, kept: str | None
+    layer: Layer, tokens: int, recipe: LinearRecipe | None, times: Times, save_for_backward: str, kept: str | None
 ) -> PlanRow:
     """The row of a layer; `kept` is a reason to keep it whatever its times are."""
-    fqn, n, k = shape
-    _, bf16 = layer_seconds(n, k, tokens, None, times)
+    fqn, n, k = (layer.fqn, *layer.products[0][1:]) if isinstance(layer, Experts) else layer
+    experts = layer.experts if isinstance(layer, Experts) else 0
+    _, bf16 = layer_seconds(layer, tokens, None, times)
     if recipe is None:
-        return PlanRow(fqn, n, k, bf16, 0.0, 0.0, "keep", kept or "")
-    casts, products = layer_seconds(n, k, tokens, recipe, times, save_for_backward)
-    if kept is not None:
-        return PlanRow(fqn, n, k, bf16, casts, products, "keep", kept)
+        return PlanRow(fqn, n, k, bf16, 0.0, 0.0, "keep", kept or "", experts)
+    casts, products = layer_seconds(layer, tokens, recipe, times, save_for_backward)
+    reason = kept or _why_not(bf16, casts, products)
+    if reason is not None:
+        return PlanRow(fqn, n, k, bf16, casts, products, "keep", reason, experts)
+    saved = f"saves {1e3 * (bf16 - casts - products):.3f} ms"
+    return PlanRow(fqn, n, k, bf16, casts, products, "convert", saved, experts)
+
+
+def _why_not(bf16: float, casts: float, products: float) -> str | None:
+    """Why a layer with these times stays in bfloat16; None if it is converted."""
     if bf16 >= MIN_GAIN * (casts + products):
-        saved = bf16 - casts - products
-        return PlanRow(fqn, n, k, bf16, casts, products, "convert", f"saves {1e3 * saved:.3f} ms")
+        return None
     if products >= bf16:
-        reason = "its products are too small to be faster in 8 bits"
-    elif casts + products >= bf16:
-        reason = f"casts cost {1e3 * casts:.3f} ms, faster products save {1e3 * (bf16 - products):.3f}"
-    else:
-        reason = f"gains less than {100 * (MIN_GAIN - 1):.0f} %"
-    return PlanRow(fqn, n, k, bf16, casts, products, "keep", reason)
+        return "its products are too small to be faster in 8 bits"
+    if casts + products >= bf16:
+        return f"casts cost {1e3 * casts:.3f} ms, faster products save {1e3 * (bf16 - products):.3f}"
+    return f"gains less than {100 * (MIN_GAIN - 1):.0f} %"
 
 
-def _check(shapes: Sequence[Shape], tokens: int, tp: int, skip: Sequence[str], other_share: float | None) -> None:
-    for name, value in (("tokens", tokens), ("tp", tp)):
+def _check(
+    layers: Sequence[Layer], counts: Sequence[tuple[str, int]], skip: Sequence[str], other_share: float | None
+) -> None:
+    for name, value in counts:
         if value < 1:
             raise ValueError(f"{name} got {value}; want at least 1.")
     if other_share is not None and not 0 <= other_share < 1:
         raise ValueError(f"other_share got {other_share}; want a number in [0, 1).")
-    if not shapes:
+    if not layers:
         raise ValueError("The model has no linear layer to plan.")
     for pattern in skip:
-        if not any(matches_skip(fqn, pattern) for fqn, _, _ in shapes):
-            names = ", ".join(fqn for fqn, _, _ in shapes[:6])
+        if not any(matches_skip(layer[0], pattern) for layer in layers):
+            names = ", ".join(layer[0] for layer in layers[:6])
             raise ValueError(f"skip: {pattern!r} matches no linear layer; the model has {names}, ...")
 
 
-def _routing(shapes: Sequence[Shape]) -> list[str]:
-    if not any(fqn.rpartition(".")[2] in _ROUTERS for fqn, _, _ in shapes):
+def _routing(layers: Sequence[Layer]) -> list[str]:
+    if any(isinstance(layer, Experts) for layer in layers):
+        return []
+    if not any(layer[0].rpartition(".")[2] in ROUTERS for layer in layers):
         return []
     return ["the model routes tokens to experts, whose products are not part of this plan"]
 

@@ -23,6 +23,8 @@ from aotrain.recipes import LinearRecipe
 # Longest row that the rowwise kernel keeps in registers between maximum and cast; longer ones are read twice, as are
 # the columns of a row-major matrix (aotrain/kernels/triton/scaled_cast.py).
 ONE_PASS_COLUMNS = 16384
+# Of a tile of a grouped product: what Hopper's instructions take two of.
+TILE_ROWS = 128
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,10 +88,16 @@ class Roofline:
 
     def gemm(self, gemm: Gemm) -> float:
         factors = self.factors
-        flops = 2.0 * gemm.rows * gemm.columns * gemm.contracted
+        by_rows = gemm.divided == "rows"
+        # Groups share tiles neither of rows nor of the contracted dimension.
+        rows = _in_tiles(gemm.rows, gemm.groups) if by_rows else gemm.rows
+        contracted = gemm.contracted / (1 if by_rows else gemm.groups)
+        flops = 2.0 * rows * gemm.columns * gemm.contracted
         eight_bit = gemm.recipe.quantized
-        fill = 1 + factors.fill * (2 if eight_bit else 1) / gemm.contracted
-        moved = (gemm.rows + gemm.columns) * gemm.contracted * (1 if eight_bit else 2) + gemm.rows * gemm.columns * 2
+        fill = 1 + factors.fill * (2 if eight_bit else 1) / contracted
+        right, results = (gemm.groups, 1) if by_rows else (1, gemm.groups)
+        moved = (gemm.rows + right * gemm.columns) * gemm.contracted * (1 if eight_bit else 2)
+        moved += results * gemm.rows * gemm.columns * 2
         seconds = max(flops / self._rate(gemm) * fill, self._move(moved)) + factors.gemm_fixed
         if eight_bit and gemm.recipe.lhs is not None and gemm.recipe.lhs.element == INT8:
             # The int32 product is read again to be scaled, and was written with 4 bytes.
@@ -129,10 +137,12 @@ class Roofline:
         if gemm.recipe.lhs is None:
             return 0.0
         multiple = 8 if gemm.recipe.lhs.element == INT8 else NATIVE_ALIGNMENT
+        # Groups of a contracted dimension are padded by their cast.
+        ragged = gemm.contracted % multiple if gemm.groups == 1 or gemm.divided == "rows" else 0
         seconds = 0.0
-        if gemm.contracted % multiple:
+        if ragged:
             seconds += self._move(2 * gemm.rows * gemm.contracted) + self.factors.kernel_fixed
-        if gemm.contracted % multiple or gemm.columns % multiple:
+        if ragged or gemm.columns % multiple:
             seconds += self._move(2 * gemm.columns * gemm.contracted) + self.factors.kernel_fixed
         if gemm.columns % multiple:
             seconds += self._move(4 * gemm.rows * gemm.columns) + self.factors.kernel_fixed
@@ -152,6 +162,11 @@ class Roofline:
 
     def _move(self, size: float) -> float:
         return size / (self.gpu.bandwidth * 1e12 * self.factors.bandwidth)
+
+
+def _in_tiles(rows: int, groups: int) -> int:
+    """Rows that tiles cover when equal groups begin with a new tile each."""
+    return rows if groups == 1 else groups * -(-rows // (groups * TILE_ROWS)) * TILE_ROWS
 
 
 def _bytes_per_element(cast: Cast, scaling: Scaling) -> int:

@@ -57,6 +57,19 @@ def test_a_folder_with_a_hugging_face_config(capsys, tmp_path):
     assert "not a model that transformers knows" in capsys.readouterr().err
 
 
+def test_experts_of_torchtitan_and_hugging_face_models(capsys, tmp_path):
+    assert plan("deepseek_v3/16b", gpu="H200", ep=8) == 0
+    output = capsys.readouterr().out
+    assert "layers.*.moe.routed_experts.inner_experts (8 experts)" in output
+    config = {"model_type": "qwen3_moe", "hidden_size": 4096, "moe_intermediate_size": 1536, "num_hidden_layers": 2}
+    config |= {"num_attention_heads": 64, "num_experts": 16, "num_experts_per_tok": 8, "vocab_size": 1024}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert plan(str(tmp_path), gpu="H200", tokens=131072) == 0
+    output = capsys.readouterr().out
+    assert "model.layers.*.mlp.experts (16 experts)" in output
+    assert "3072" in output
+
+
 def test_a_model_without_a_language_head(capsys, tmp_path):
     config = {"model_type": "vit", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_attention_heads": 4}))

@@ -8,8 +8,9 @@ from aotrain import Float8LinearConfig, conversion_report, convert_to_float8_tra
 from aotrain.gpus import GPUS
 from aotrain.nn import make_plan
 from aotrain.nn.filters import PUBLISHED_TOO_SMALL, _auto_filter_for_recipe, auto_filter_for_recipe
+from aotrain.nn.layer_times import shard
 from aotrain.nn.measure import Measured
-from aotrain.nn.plan import MIN_GAIN, linear_shapes, shard, times_for
+from aotrain.nn.plan import MIN_GAIN, linear_shapes, times_for
 from aotrain.nn.roofline import Roofline
 from aotrain.nn.skips import matches_skip, skip_patterns
 from aotrain.recipes import RECIPES
@@ -75,9 +76,9 @@ def test_tensor_parallel_shards_gain_less():
     ],
 )
 def test_shards_divide_n_or_k(fqn, sharded):
-    assert shard(fqn, 4096, 4096, 4) == sharded
-    assert shard(fqn, 4096, 4096, 1) == (4096, 4096)
-    assert shard("wq", 10, 10, 4) == (3, 10)
+    assert shard((fqn, 4096, 4096), 4) == (fqn, *sharded)
+    assert shard((fqn, 4096, 4096), 1) == (fqn, 4096, 4096)
+    assert shard(("wq", 10, 10), 4) == ("wq", 3, 10)
 
 
 def test_a_module_on_the_meta_device_is_planned_and_converted_by_its_plan():

@@ -5,8 +5,9 @@ import itertools
 import pytest
 
 from aotrain.gpus import GPUS, find_gpu
+from aotrain.nn.layer_times import layer_gain
 from aotrain.nn.linear_work import Cast, Gemm, linear_casts
-from aotrain.nn.plan import MIN_GAIN, layer_gain, make_plan
+from aotrain.nn.plan import MIN_GAIN, make_plan
 from aotrain.nn.roofline import Factors, Roofline
 from aotrain.recipes import HIGH_PRECISION, RECIPES
 from benchmarks import roofline as benchmark

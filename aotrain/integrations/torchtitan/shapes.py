@@ -1,4 +1,4 @@
-"""Linear layers of torchtitan's models, from their config trees: nothing is built.
+"""Linear layers and experts of torchtitan's models, from their config trees: no model is built.
 
 Names are checked without importing torchtitan or torch: families are folders of the package, sizes the keys of the
 table in their source.
@@ -13,7 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from torchtitan.models.common.moe import MoE
     from torchtitan.protocols.model_spec import ModelSpec
+
+    from aotrain.nn.expert_work import Experts
+    from aotrain.nn.layer_times import Layer
 
 # Our own model; torchtitan's sizes are written in any case.
 _DEBUG = "debug"
@@ -34,8 +38,8 @@ def families() -> dict[str, tuple[str, ...]]:
     return {family: sizes for family, sizes in found.items() if sizes}
 
 
-def linear_shapes(family: str, size: str) -> list[tuple[str, int, int]]:
-    """(name, N, K) of every plain linear layer; those with a computation of their own are never converted.
+def layer_shapes(family: str, size: str) -> list[Layer]:
+    """Every plain linear layer, those with a computation of their own are never converted; then all experts.
 
     Raises:
         ValueError: the family needs a package that is not installed.
@@ -44,12 +48,28 @@ def linear_shapes(family: str, size: str) -> list[tuple[str, int, int]]:
 
     compat.install()
     from torchtitan.models.common.linear import Linear
+    from torchtitan.models.common.moe import MoE
 
-    return [
+    model = _spec(family, size).model
+    linears = [
         (fqn, linear.out_features, linear.in_features)
-        for fqn, linear, _, _ in _spec(family, size).model.traverse(Linear.Config)
+        for fqn, linear, _, _ in model.traverse(Linear.Config)
         if type(linear) is Linear.Config
     ]
+    mixtures = ((fqn, moe) for fqn, moe, _, _ in model.traverse(MoE.Config) if isinstance(moe, MoE.Config))
+    return [*linears, *(_experts(fqn, moe) for fqn, moe in mixtures)]
+
+
+def _experts(fqn: str, moe: MoE.Config) -> Experts:
+    import torch
+
+    from aotrain.nn.expert_work import Experts
+
+    config = moe.routed_experts.inner_experts
+    with torch.device("meta"):
+        weights = {name: weight.shape for name, weight in config.build().named_parameters() if weight.dim() == 3}
+    products = tuple((name, n, k) for name, (_, n, k) in weights.items())
+    return Experts(f"{fqn}.routed_experts.inner_experts", products, config.num_experts, moe.router.top_k)
 
 
 def _spec(family: str, size: str) -> ModelSpec:

@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from aotrain.integrations.torchtitan.models import llama3_spec
-from aotrain.integrations.torchtitan.shapes import families, linear_shapes
+from aotrain.integrations.torchtitan.shapes import families, layer_shapes
+from aotrain.nn.expert_work import Experts
 
 
 @pytest.mark.parametrize(
@@ -27,15 +28,43 @@ def test_sizes_are_those_of_the_package(family, table):
 
 @pytest.mark.parametrize("family", ["llama3", "qwen3", "deepseek_v3", "gpt_oss"])
 def test_families_can_be_listed(family):
-    shapes = linear_shapes(family, families()[family][0])
-    assert shapes
-    assert all(n > 0 and k > 0 for _, n, k in shapes)
+    layers = layer_shapes(family, families()[family][0])
+    linears = [layer for layer in layers if not isinstance(layer, Experts)]
+    assert all(n > 0 and k > 0 for _, n, k in linears)
+    assert linears
+    assert (len(layers) > len(linears)) == (family in ("deepseek_v3", "gpt_oss"))
+
+
+@pytest.mark.parametrize(
+    ("family", "size", "count", "experts"),
+    [
+        (
+            *("deepseek_v3", "16B", 26),
+            Experts(
+                "layers.1.moe.routed_experts.inner_experts",
+                (("w1_EFD", 1408, 2048), ("w2_EDF", 2048, 1408), ("w3_EFD", 1408, 2048)),
+                *(64, 6),
+            ),
+        ),
+        (
+            *("gpt_oss", "20b", 24),
+            Experts(
+                "layers.0.moe.routed_experts.inner_experts",
+                (("mlp1_weight_EGD", 5760, 2880), ("mlp2_weight_EDF", 2880, 2880)),
+                *(32, 4),
+            ),
+        ),
+    ],
+)
+def test_experts_have_their_products(family, size, count, experts):
+    found = [layer for layer in layer_shapes(family, size) if isinstance(layer, Experts)]
+    assert (len(found), found[0]) == (count, experts)
 
 
 def test_a_family_that_lacks_a_package_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchtitan.models.qwen3", None)
     with pytest.raises(ValueError, match=r"qwen3/8B: torchtitan's qwen3 cannot be loaded"):
-        linear_shapes("qwen3", "8B")
+        layer_shapes("qwen3", "8B")
 
 
 def test_without_torchtitan_it_says_what_to_install(monkeypatch):
@@ -45,7 +74,7 @@ def test_without_torchtitan_it_says_what_to_install(monkeypatch):
 
 
 def test_shapes_of_llama():
-    shapes = {fqn: (n, k) for fqn, n, k in linear_shapes("llama3", "8B")}
+    shapes = {fqn: (n, k) for fqn, n, k in layer_shapes("llama3", "8B")}
     assert len(shapes) == 1 + 5 * 32
     assert shapes["lm_head"] == (128256, 4096)
     assert shapes["layers.31.attention.qkv_linear.wqkv"] == (6144, 4096)
@@ -53,7 +82,7 @@ def test_shapes_of_llama():
 
 
 def test_the_debug_size_is_ours():
-    debug = linear_shapes("llama3", "debug")
+    debug = layer_shapes("llama3", "debug")
     assert debug[0] == ("lm_head", 320, llama3_spec("debug", "sdpa").model.dim)
 
 
