@@ -93,13 +93,13 @@ def fast_path_instructions(cubin: bytes) -> int:
     """Machine instructions up to the end of the kernel, without basic blocks that call a subroutine."""
     blocks, block = [], []
     for line in cuda_tool("nvdisasm", cubin, "-c").splitlines():
-        instruction = re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+ )?([A-Z]\w+)", line)
+        instruction = re.match(r"\s+/\*[0-9a-f]+\*/\s+(@!?U?P\d+ )?([A-Z]\w+)", line)
         if instruction:
-            block.append(instruction[1])
-        if line.startswith(".L_x_") or (instruction and instruction[1] in ("BRA", "EXIT")):
+            block.append(instruction[2])
+        if line.startswith(".L_x_") or (instruction and instruction[2] in ("BRA", "EXIT")):
             blocks.append(block)
             block = []
-        if instruction and instruction[1] == "EXIT":
+        if instruction and instruction[2] == "EXIT" and not instruction[1]:  # threads without work end earlier
             break
     return sum(len(block) for block in blocks if "CALL" not in block)
 

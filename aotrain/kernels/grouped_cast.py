@@ -17,15 +17,28 @@ One scale per group becomes one scale per row, so a product sees two kinds of sc
 What `grouped_cast` holds for rows of no group is unspecified; columns of no group in `grouped_cast_t` are zeros.
 """
 
+from typing import Any
+
 import torch
 
-from aotrain.formats import ELEMENT_FORMATS, ROWWISE, SCALE_FORMATS, TENSORWISE, ScaledTensor, Scaling, scale_shape
+from aotrain.formats import (
+    BLOCKWISE_1X128,
+    ELEMENT_FORMATS,
+    ROWWISE,
+    SCALE_FORMATS,
+    TENSORWISE,
+    ScaledTensor,
+    Scaling,
+    scale_shape,
+)
 from aotrain.formats.scaling import Block
+from aotrain.kernels._dispatch import triton_problem, warn_slow
 from aotrain.kernels._library import LIBRARY
-from aotrain.kernels.groups import GroupLayout, group_bounds, padded_rows
-from aotrain.kernels.scaled_cast import scaled_cast
+from aotrain.kernels.groups import GroupLayout, group_bounds, padded_rows, row_groups
+from aotrain.kernels.scaled_cast import cast_kernel_gap, scaled_cast
 
 _SCALING = "str element, str scale, int block_rows, int block_columns"
+_SCALING_T = "str element_t, str scale_t, int block_rows_t, int block_columns_t"
 LIBRARY.define(
     f"grouped_cast(Tensor x_hp, Tensor ends, {_SCALING}) -> (Tensor data, Tensor scale)",
     tags=(torch.Tag.needs_fixed_stride_order,),
@@ -33,6 +46,11 @@ LIBRARY.define(
 LIBRARY.define(
     f"grouped_cast_t(Tensor x_hp, Tensor ends, Tensor padded_ends, int align, {_SCALING})"
     " -> (Tensor data, Tensor scale)",
+    tags=(torch.Tag.needs_fixed_stride_order,),
+)
+LIBRARY.define(
+    f"grouped_cast_both(Tensor x_hp, Tensor ends, Tensor padded_ends, int align, {_SCALING}, {_SCALING_T})"
+    " -> (Tensor data, Tensor scale, Tensor data_t, Tensor scale_t)",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
 
@@ -71,15 +89,23 @@ def grouped_cast_t(x_hp: torch.Tensor, layout: GroupLayout, scaling: Scaling) ->
     Raises:
         ValueError: another block or `align`, or stochastic rounding.
     """
-    _check(scaling)
-    if layout.align % max(1, scaling.block[1]):
-        raise ValueError(
-            f"grouped_cast_t got groups aligned to {layout.align} rows for {scaling}; want a multiple of the block."
-        )
+    _check_t(scaling, layout)
     data, scale = torch.ops.aotrain.grouped_cast_t(
         x_hp, layout.ends, layout.padded_ends, layout.align, *_names(scaling)
     )
     return ScaledTensor(data, scale, rows_scaling(scaling))
+
+
+def grouped_cast_both(
+    x_hp: torch.Tensor, layout: GroupLayout, scaling: Scaling, scaling_t: Scaling
+) -> tuple[ScaledTensor, ScaledTensor]:
+    """`grouped_cast` by `scaling` and `grouped_cast_t` by `scaling_t`, from one pass over x where there is a kernel."""
+    _check(scaling)
+    _check_t(scaling_t, layout)
+    data, scale, data_t, scale_t = torch.ops.aotrain.grouped_cast_both(
+        *(x_hp, layout.ends, layout.padded_ends, layout.align, *_names(scaling), *_names(scaling_t))
+    )
+    return ScaledTensor(data, scale, rows_scaling(scaling)), ScaledTensor(data_t, scale_t, rows_scaling(scaling_t))
 
 
 def rows_scaling(scaling: Scaling) -> Scaling:
@@ -96,6 +122,15 @@ def _check(scaling: Scaling) -> None:
         raise ValueError(
             f"Cast of groups got blocks of {scaling.block}, which would cover rows of several groups; want tensorwise, "
             "rowwise or 1 x n."
+        )
+
+
+def _check_t(scaling: Scaling, layout: GroupLayout) -> None:
+    _check(scaling)
+    if layout.align % max(1, scaling.block[1]):
+        raise ValueError(
+            f"A cast of transposed groups got groups of multiples of {layout.align} rows for {scaling}; want multiples "
+            "of the block: lay the groups out with that `align`."
         )
 
 
@@ -174,7 +209,102 @@ def _fake_t(
     return data, x_hp.new_empty(shape, dtype=SCALE_FORMATS[scale].dtype)
 
 
-LIBRARY.impl("grouped_cast", _reference, "CompositeExplicitAutograd")
-torch.library.register_fake("aotrain::grouped_cast", _fake, lib=LIBRARY)
-LIBRARY.impl("grouped_cast_t", _reference_t, "CompositeExplicitAutograd")
-torch.library.register_fake("aotrain::grouped_cast_t", _fake_t, lib=LIBRARY)
+def _two_casts(
+    x_hp: torch.Tensor, ends: torch.Tensor, padded_ends: torch.Tensor, align: int, *scalings: str | int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Whatever implements the two casts on the device."""
+    return (
+        *torch.ops.aotrain.grouped_cast(x_hp, ends, *scalings[:4]),
+        *torch.ops.aotrain.grouped_cast_t(x_hp, ends, padded_ends, align, *scalings[4:]),
+    )
+
+
+def _fake_both(
+    x_hp: torch.Tensor, ends: torch.Tensor, padded_ends: torch.Tensor, align: int, *scalings: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    return *_fake(x_hp, ends, *scalings[:4]), *_fake_t(x_hp, ends, padded_ends, align, *scalings[4:])
+
+
+def _cuda(
+    x_hp: torch.Tensor, ends: torch.Tensor, element: str, scale: str, block_rows: int, block_columns: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if (block_rows, block_columns) == TENSORWISE:
+        warn_slow("grouped_cast", "there is no kernel for one scale per group, so each is waited for and cast alone")
+    return _reference(x_hp, ends, element, scale, block_rows, block_columns)
+
+
+def _cuda_t(
+    x_hp: torch.Tensor,
+    ends: torch.Tensor,
+    padded_ends: torch.Tensor,
+    align: int,
+    element: str,
+    scale: str,
+    block_rows: int,
+    block_columns: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The kernel, or else no wait at least. Tests call it with CPU tensors under Triton's interpreter."""
+    scaling = _scaling(element, scale, (block_rows, block_columns))
+    reason = _kernel_gap(x_hp, ends, align, None, scaling)
+    if reason is None:
+        from aotrain.kernels.triton.grouped_cast import grouped_cast_both as fused
+
+        padded = padded_rows(x_hp.shape[0], ends.shape[0], align)
+        return fused(x_hp, ends, padded_ends, padded, None, scaling.block, scaling.element, scaling.scale)[2:]
+    if block_columns != -1:  # no block reaches across groups once they are padded
+        return scaled_cast(_pad_groups(x_hp, ends, padded_ends, align).t(), scaling)[:2]
+    warn_slow("grouped_cast_t", f"{reason}, so each group is waited for and cast alone")
+    return _reference_t(x_hp, ends, padded_ends, align, element, scale, block_rows, block_columns)
+
+
+def _cuda_both(
+    x_hp: torch.Tensor, ends: torch.Tensor, padded_ends: torch.Tensor, align: int, *scalings: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One kernel for both where there is one. Tests call it with CPU tensors under Triton's interpreter."""
+    scaling, scaling_t = (_scaling(names[0], names[1], names[2:]) for names in (scalings[:4], scalings[4:]))
+    if _kernel_gap(x_hp, ends, align, scaling, scaling_t) is not None:
+        return _two_casts(x_hp, ends, padded_ends, align, *scalings)
+    from aotrain.kernels.triton.grouped_cast import grouped_cast_both as fused
+
+    padded = padded_rows(x_hp.shape[0], ends.shape[0], align)
+    return fused(x_hp, ends, padded_ends, padded, scaling.block, scaling_t.block, scaling.element, scaling.scale)
+
+
+def _kernel_gap(
+    x_hp: torch.Tensor, ends: torch.Tensor, align: int, scaling: Scaling | None, scaling_t: Scaling
+) -> str | None:
+    """What keeps a cast of transposed groups, with or without one of their rows, from being one fused kernel."""
+    if x_hp.numel() == 0 or ends.numel() == 0:
+        return "there is nothing to cast"
+    if align % 16:
+        return f"the kernel wants groups of multiples of 16 rows, got {align}"
+    wanted = [scaling_t] if scaling is None else [scaling, scaling_t]
+    if any(s.block not in (ROWWISE, BLOCKWISE_1X128) for s in wanted):
+        return "there is no kernel for " + " and ".join(map(str, wanted))
+    if len({(s.element, s.scale) for s in wanted}) > 1:
+        return "there is no kernel for two formats at once"
+    return cast_kernel_gap(scaling_t) or triton_problem(x_hp.device)
+
+
+def _pad_groups(x: torch.Tensor, ends: torch.Tensor, padded_ends: torch.Tensor, align: int) -> torch.Tensor:
+    """[padded_rows, K]: every group at its padded place, zeros elsewhere. Waits for nothing."""
+    rows = padded_rows(x.shape[0], ends.shape[0], align)
+    group = row_groups(padded_ends, rows)
+    zero = ends.new_zeros(1)
+    # One past the last group, whose rows are all beyond its end.
+    first, last, padded_first = (
+        torch.cat(parts).index_select(0, group) for parts in ((zero, ends), (ends, zero), (zero, padded_ends))
+    )
+    source = torch.arange(rows, dtype=ends.dtype, device=x.device) - padded_first + first
+    inside = source < last
+    return x.index_select(0, source.clamp_(max=max(0, x.shape[0] - 1))).masked_fill_(~inside.unsqueeze(1), 0)
+
+
+for _name, _implementation, _cuda_implementation, _fake_implementation in (
+    ("grouped_cast", _reference, _cuda, _fake),
+    ("grouped_cast_t", _reference_t, _cuda_t, _fake_t),
+    ("grouped_cast_both", _two_casts, _cuda_both, _fake_both),
+):
+    LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
+    LIBRARY.impl(_name, _cuda_implementation, "CUDA")
+    torch.library.register_fake(f"aotrain::{_name}", _fake_implementation, lib=LIBRARY)

@@ -56,7 +56,8 @@ def group_layout(offsets: torch.Tensor, rows: int, align: int) -> GroupLayout:
     Raises:
         ValueError: on CPU, a group ends before it starts or after the last row.
     """
-    return GroupLayout(*torch.ops.aotrain.group_layout(offsets, rows, align), rows, align)
+    ends, padded_ends = torch.ops.aotrain.group_layout(offsets, rows, align)
+    return GroupLayout(ends, padded_ends, rows, align)
 
 
 def padded_rows(rows: int, num_groups: int, align: int) -> int:

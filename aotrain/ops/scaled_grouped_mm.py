@@ -18,8 +18,9 @@ from typing import Any, cast
 
 import torch
 
+from aotrain.formats import ScaledTensor, Scaling
 from aotrain.kernels import scaled_cast
-from aotrain.kernels.grouped_cast import grouped_cast, grouped_cast_t
+from aotrain.kernels.grouped_cast import grouped_cast, grouped_cast_both, grouped_cast_t
 from aotrain.kernels.groups import GroupLayout, group_layout, group_sum, row_groups
 from aotrain.kernels.scaled_grouped_mm import (
     grouped_mm,
@@ -134,18 +135,32 @@ class _ScaledGroupedMM(torch.autograd.Function):
         options: _Options = ctx.options
         x, weight, ends, padded_ends = ctx.saved_tensors
         layout = GroupLayout(ends, padded_ends, grad.shape[0], _alignment(options.recipe))
+        grad_q, grad_t = _cast_gradient(
+            grad,
+            layout,
+            options.recipe.grad_input.lhs if ctx.needs_input_grad[0] else None,
+            options.recipe.grad_weight.lhs if ctx.needs_input_grad[1] else None,
+        )
         grad_input = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             gemm = options.recipe.grad_input
-            if gemm.lhs is None or gemm.rhs is None:
+            if grad_q is None or gemm.rhs is None:
                 grad_input = grouped_mm(grad, weight.mT.to(grad.dtype), layout).to(ctx.dtypes[0])
             else:
-                grad_q, w_q = grouped_cast(grad, layout, gemm.lhs), scaled_cast(weight, gemm.rhs)
+                w_q = scaled_cast(weight, gemm.rhs)
                 grad_input = scaled_product(
                     grad_q, w_q, layout, ctx.dtypes[0], fast_accum=gemm.fast_accum, emulate=options.emulate
                 )
         if ctx.needs_input_grad[1]:
-            grad_weight = _grad_weight(grad, x, layout, options, ctx.dtypes[1]).mT  # [E, N, K] -> [E, K, N]
+            gemm = options.recipe.grad_weight
+            if grad_t is None or gemm.rhs is None:
+                grad_weight = grouped_mm_contracted(grad, x.to(grad.dtype), layout).to(ctx.dtypes[1])
+            else:
+                x_t = grouped_cast_t(x, layout, gemm.rhs)
+                grad_weight = scaled_grouped_mm_contracted(
+                    grad_t, x_t, layout, ctx.dtypes[1], fast_accum=gemm.fast_accum, emulate=options.emulate
+                )
+            grad_weight = grad_weight.mT  # [E, N, K] -> [E, K, N]
         if ctx.needs_input_grad[2]:
             dim, dtype = ctx.bias
             grad_bias = group_sum(grad, ends if dim == 2 else ends[-1:]).to(dtype)
@@ -153,16 +168,15 @@ class _ScaledGroupedMM(torch.autograd.Function):
         return grad_input, grad_weight, grad_bias, None, None, None
 
 
-def _grad_weight(
-    grad: torch.Tensor, x: torch.Tensor, layout: GroupLayout, options: _Options, dtype: torch.dtype
-) -> torch.Tensor:
-    """[E, N, K] in the weight's dtype."""
-    gemm = options.recipe.grad_weight
-    if gemm.lhs is None or gemm.rhs is None:
-        return grouped_mm_contracted(grad, x.to(grad.dtype), layout).to(dtype)
-    grad_t, x_t = grouped_cast_t(grad, layout, gemm.lhs), grouped_cast_t(x, layout, gemm.rhs)
-    return scaled_grouped_mm_contracted(
-        *(grad_t, x_t, layout, dtype), fast_accum=gemm.fast_accum, emulate=options.emulate
+def _cast_gradient(
+    grad: torch.Tensor, layout: GroupLayout, scaling: Scaling | None, scaling_t: Scaling | None
+) -> tuple[ScaledTensor | None, ScaledTensor | None]:
+    """The rows of the gradient by `scaling` and its groups' transpositions by `scaling_t`, where they have one."""
+    if scaling is not None and scaling_t is not None:
+        return grouped_cast_both(grad, layout, scaling, scaling_t)
+    return (
+        None if scaling is None else grouped_cast(grad, layout, scaling),
+        None if scaling_t is None else grouped_cast_t(grad, layout, scaling_t),
     )
 
 

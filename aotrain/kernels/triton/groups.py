@@ -115,7 +115,7 @@ def group_sum(x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
 
 def block_of_groups(num_groups: int) -> int:
     """The power of two that a vector with one element per group has."""
-    return max(16, triton.next_power_of_2(num_groups))
+    return max(16, 1 << (num_groups - 1).bit_length())
 
 
 def tiles_of_groups(rows: int, num_groups: int, block: int) -> int:

@@ -5,7 +5,6 @@ machines without a GPU.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,34 +24,10 @@ from aotrain.kernels.adam import AdamScalars
 from aotrain.kernels.triton import _adam_launch, scaled_cast, scaled_cast_tiles
 from aotrain.kernels.triton._adam_launch import FLOAT32_BLOCK, Class
 from aotrain.kernels.triton.adam import adam_kernel
+from aotrain.kernels.triton.kernel_variant import POINTER_OF_ELEMENT, KernelVariant
+from aotrain.kernels.triton.registry_grouped import GROUPED_KERNELS
 
-_POINTER_OF_ELEMENT = {"float8_e4m3fn": "*fp8e4nv", "float8_e5m2": "*fp8e5", "int8": "*i8"}
 _AMAX_FLAGS = {"OF_TENSOR": TENSORWISE, "OF_ROWS": ROWWISE, "OF_COLUMNS": COLWISE}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class KernelVariant:
-    """One specialization of a kernel.
-
-    Attributes:
-        name: kernel name without the leading underscore and the trailing `_kernel`.
-        variant: what distinguishes it from the other specializations.
-        kernel: the `triton.jit` function.
-        signature: argument name -> Triton type, "constexpr" for compile-time constants.
-        constants: compile-time constants by name.
-        aligned: arguments that are multiples of 16, as the launcher finds them for contiguous tensors.
-        num_warps: warps per program.
-        options: further compiler options.
-    """
-
-    name: str
-    variant: str
-    kernel: Any
-    signature: Mapping[str, str]
-    constants: Mapping[str, Any]
-    aligned: tuple[str, ...] = ()
-    num_warps: int = 4
-    options: Mapping[str, Any] = field(default_factory=lambda: {"enable_fp_fusion": False})
 
 
 def scaled_cast_rowwise() -> Iterator[KernelVariant]:
@@ -62,7 +37,7 @@ def scaled_cast_rowwise() -> Iterator[KernelVariant]:
         yield _rowwise("bf16", "float8_e4m3fn", "float32_pow2", config, row_fits)
     middle = scaled_cast.ROW_MAJOR_CONFIGS[len(scaled_cast.ROW_MAJOR_CONFIGS) // 2]
     for dtype in ("bf16", "fp16", "fp32"):
-        for element in _POINTER_OF_ELEMENT:
+        for element in POINTER_OF_ELEMENT:
             yield _rowwise(dtype, element, "float32", middle, True)
 
 
@@ -134,6 +109,7 @@ KERNELS: tuple[Callable[[], Iterator[KernelVariant]], ...] = (
     amax,
     scaled_cast_of_tiles,
     adam,
+    *GROUPED_KERNELS,
 )
 
 
@@ -144,7 +120,7 @@ def _rowwise(dtype: str, element: str, scale: str, config: scaled_cast.Config, r
         "BLOCK_M": config.block_m,
         "BLOCK_K": config.block_k,
     }
-    pointers = {"x_ptr": f"*{dtype}", "data_ptr": _POINTER_OF_ELEMENT[element], "scale_ptr": "*fp32"}
+    pointers = {"x_ptr": f"*{dtype}", "data_ptr": POINTER_OF_ELEMENT[element], "scale_ptr": "*fp32"}
     return _variant(
         "scaled_cast_rowwise",
         f"{dtype}-{element}-{scale}-rows-{config.block_m}x{config.block_k}-{1 if row_fits else 2}pass",
@@ -182,7 +158,7 @@ def _tiles(
     long_offsets: bool = False,
 ) -> KernelVariant:
     """`block` of the matrix and `block_t` of its transposition, each in its own coordinates; ragged: any M."""
-    data, amax = _POINTER_OF_ELEMENT[element], {True: "*i32", False: "*fp32"}
+    data, amax = POINTER_OF_ELEMENT[element], {True: "*i32", False: "*fp32"}
     rows, columns = block or (0, 0)
     columns_t, rows_t = block_t or (0, 0)
     tile = scaled_cast_tiles.select_tile((rows, columns), (rows_t, columns_t), vectors=not ragged)
