@@ -7,12 +7,18 @@ Two layouts, each in quantized and in high precision, with the rows of group e o
 
 Each group is the product that `scaled_mm` gives it alone. Rows that belong to no group are zero in the output, and a
 group without rows has a product of zeros; what torch's own grouped products leave there is whatever was in memory.
+
+On CPU this is a loop over groups. On a GPU (`_grouped_mm_cuda`) one kernel walks the groups by offsets that stay on the
+device: no wait, and a launch can be captured in a CUDA graph.
 """
+
+from typing import Any
 
 import torch
 
 from aotrain.formats import ELEMENT_FORMATS, SCALE_FORMATS, ScaledTensor, Scaling
 from aotrain.formats.scaling import Block
+from aotrain.kernels import _grouped_mm_cuda
 from aotrain.kernels._library import LIBRARY
 from aotrain.kernels.groups import GroupLayout, group_bounds
 from aotrain.kernels.scaled_mm import scaled_mm
@@ -91,33 +97,27 @@ def _operand(q: ScaledTensor) -> tuple[torch.Tensor, torch.Tensor, str, str, Blo
     return q.data, q.scale, q.scaling.element.name, q.scaling.scale.name, q.scaling.block
 
 
-def _scaling(element: str, scale: str, block: Block) -> Scaling:
-    return Scaling(element=ELEMENT_FORMATS[element], scale=SCALE_FORMATS[scale], block=(block[0], block[1]))
+def _operands(arguments: tuple[Any, ...]) -> tuple[ScaledTensor, ScaledTensor]:
+    """Both operands from the first ten arguments of an op."""
+    a, b = (
+        ScaledTensor(
+            *(data, scale),
+            Scaling(element=ELEMENT_FORMATS[element], scale=SCALE_FORMATS[scale_format], block=(block[0], block[1])),
+        )
+        for data, scale, element, scale_format, block in (arguments[:5], arguments[5:10])
+    )
+    return a, b
 
 
-def _reference(
-    a: torch.Tensor,
-    a_scale: torch.Tensor,
-    a_element: str,
-    a_scale_format: str,
-    a_block: Block,
-    b: torch.Tensor,
-    b_scale: torch.Tensor,
-    b_element: str,
-    b_scale_format: str,
-    b_block: Block,
-    ends: torch.Tensor,
-    out_dtype: torch.dtype,
-    fast_accum: bool,
-    emulate: bool,
-) -> torch.Tensor:
-    a_scaling, b_scaling = _scaling(a_element, a_scale_format, a_block), _scaling(b_element, b_scale_format, b_block)
-    output = a.new_zeros((a.shape[0], b.shape[1]), dtype=out_dtype)
-    for group, (start, end) in enumerate(group_bounds(ends, a.shape[0])):
+def _reference(*arguments: Any) -> torch.Tensor:
+    a, b = _operands(arguments)
+    ends, out_dtype, fast_accum, emulate = arguments[10:]
+    output = a.data.new_zeros((a.data.shape[0], b.data.shape[1]), dtype=out_dtype)
+    for group, (start, end) in enumerate(group_bounds(ends, a.data.shape[0])):
         if end > start:
             output[start:end] = scaled_mm(
-                ScaledTensor(a[start:end], a_scale[start:end], a_scaling),
-                ScaledTensor(b[group], b_scale[group], b_scaling),
+                ScaledTensor(a.data[start:end], a.scale[start:end], a.scaling),
+                ScaledTensor(b.data[group], b.scale[group], b.scaling),
                 *(out_dtype,),
                 fast_accum=fast_accum,
                 emulate=emulate,
@@ -125,33 +125,16 @@ def _reference(
     return output
 
 
-def _reference_contracted(
-    a: torch.Tensor,
-    a_scale: torch.Tensor,
-    a_element: str,
-    a_scale_format: str,
-    a_block: Block,
-    b: torch.Tensor,
-    b_scale: torch.Tensor,
-    b_element: str,
-    b_scale_format: str,
-    b_block: Block,
-    ends: torch.Tensor,
-    padded_ends: torch.Tensor,
-    rows: int,
-    out_dtype: torch.dtype,
-    fast_accum: bool,
-    emulate: bool,
-) -> torch.Tensor:
-    a_scaling, b_scaling = _scaling(a_element, a_scale_format, a_block), _scaling(b_element, b_scale_format, b_block)
-    output = a.new_zeros((ends.shape[0], a.shape[0], b.shape[0]), dtype=out_dtype)
-    starts = [0, *padded_ends.tolist()]
-    for group, (start, end) in enumerate(group_bounds(ends, rows)):
+def _reference_contracted(*arguments: Any) -> torch.Tensor:
+    a, b = _operands(arguments)
+    ends, padded_ends, rows, out_dtype, fast_accum, emulate = arguments[10:]
+    output = a.data.new_zeros((ends.shape[0], a.data.shape[0], b.data.shape[0]), dtype=out_dtype)
+    columns = group_bounds(padded_ends, a.data.shape[1])
+    for group, ((start, end), (first, _)) in enumerate(zip(group_bounds(ends, rows), columns, strict=True)):
         if end > start:
-            first, size = starts[group], end - start
             output[group] = scaled_mm(
-                _columns(a, a_scale, a_scaling, group, first, size),
-                _columns(b, b_scale, b_scaling, group, first, size),
+                _columns(a, group, first, end - start),
+                _columns(b, group, first, end - start),
                 *(out_dtype,),
                 fast_accum=fast_accum,
                 emulate=emulate,
@@ -159,31 +142,36 @@ def _reference_contracted(
     return output
 
 
-def _columns(
-    data: torch.Tensor, scale: torch.Tensor, scaling: Scaling, group: int, first: int, size: int
-) -> ScaledTensor:
+def _columns(q: ScaledTensor, group: int, first: int, size: int) -> ScaledTensor:
     """A group's part of what `grouped_cast_t` returns, without its padding."""
-    block = scaling.block[1]
+    block = q.scaling.block[1]
     if block == -1:
-        scale = scale[group].unsqueeze(1)
+        scale = q.scale[group].unsqueeze(1)
     else:
-        scale = scale[:, first // block : -(-(first + size) // block)].contiguous()
-    return ScaledTensor(data[:, first : first + size].contiguous(), scale, scaling)
+        scale = q.scale[:, first // block : -(-(first + size) // block)].contiguous()
+    return ScaledTensor(q.data[:, first : first + size].contiguous(), scale, q.scaling)
 
 
-def _fake(a: torch.Tensor, *arguments: object) -> torch.Tensor:
-    b, out_dtype = arguments[4], arguments[10]
-    assert isinstance(b, torch.Tensor)
-    assert isinstance(out_dtype, torch.dtype)
-    return a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
+def _cuda(*arguments: Any) -> torch.Tensor:
+    a, b = _operands(arguments)
+    ends, out_dtype, fast_accum, emulate = arguments[10:]
+    output = _grouped_mm_cuda.scaled_rows(a, b, ends, out_dtype, fast_accum, emulate)
+    return _reference(*arguments) if output is None else output
 
 
-def _fake_contracted(a: torch.Tensor, *arguments: object) -> torch.Tensor:
-    b, ends, out_dtype = arguments[4], arguments[9], arguments[12]
-    assert isinstance(b, torch.Tensor)
-    assert isinstance(ends, torch.Tensor)
-    assert isinstance(out_dtype, torch.dtype)
-    return a.new_empty((ends.shape[0], a.shape[0], b.shape[0]), dtype=out_dtype)
+def _cuda_contracted(*arguments: Any) -> torch.Tensor:
+    a, b = _operands(arguments)
+    _, padded_ends, rows, out_dtype, fast_accum, emulate = arguments[10:]
+    output = _grouped_mm_cuda.scaled_contracted(a, b, padded_ends, rows, out_dtype, fast_accum, emulate)
+    return _reference_contracted(*arguments) if output is None else output
+
+
+def _fake(a: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    return a.new_empty((a.shape[0], arguments[4].shape[1]), dtype=arguments[10])
+
+
+def _fake_contracted(a: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    return a.new_empty((arguments[9].shape[0], a.shape[0], arguments[4].shape[0]), dtype=arguments[12])
 
 
 def _grouped_mm(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
@@ -202,6 +190,16 @@ def _grouped_mm_contracted(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor)
     return output
 
 
+def _cuda_grouped_mm(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    output = _grouped_mm_cuda.rows(a, b, ends)
+    return _grouped_mm(a, b, ends) if output is None else output
+
+
+def _cuda_grouped_mm_contracted(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    output = _grouped_mm_cuda.contracted(a, b, ends)
+    return _grouped_mm_contracted(a, b, ends) if output is None else output
+
+
 def _fake_grouped_mm(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     return a.new_empty((a.shape[0], b.shape[2]))
 
@@ -210,11 +208,12 @@ def _fake_grouped_mm_contracted(a: torch.Tensor, b: torch.Tensor, ends: torch.Te
     return a.new_empty((ends.shape[0], a.shape[1], b.shape[1]))
 
 
-for _name, _implementation, _fake_implementation in (
-    ("scaled_grouped_mm", _reference, _fake),
-    ("scaled_grouped_mm_contracted", _reference_contracted, _fake_contracted),
-    ("grouped_mm", _grouped_mm, _fake_grouped_mm),
-    ("grouped_mm_contracted", _grouped_mm_contracted, _fake_grouped_mm_contracted),
+for _name, _implementation, _cuda_implementation, _fake_implementation in (
+    ("scaled_grouped_mm", _reference, _cuda, _fake),
+    ("scaled_grouped_mm_contracted", _reference_contracted, _cuda_contracted, _fake_contracted),
+    ("grouped_mm", _grouped_mm, _cuda_grouped_mm, _fake_grouped_mm),
+    ("grouped_mm_contracted", _grouped_mm_contracted, _cuda_grouped_mm_contracted, _fake_grouped_mm_contracted),
 ):
     LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
+    LIBRARY.impl(_name, _cuda_implementation, "CUDA")
     torch.library.register_fake(f"aotrain::{_name}", _fake_implementation, lib=LIBRARY)

@@ -21,7 +21,7 @@ def test_all_kernels_compile_without_spills(tmp_path):
     rows = list(csv.DictReader((tmp_path / "table.csv").open()))
     assert {row["arch"] for row in rows} == {"90", "100"}
     assert all(row["spill_bytes"] == "0" and int(row["registers"]) > 0 for row in rows)
-    casts = [row for row in rows if row["kernel"] != "adam"]
+    casts = [row for row in rows if "cast" in row["kernel"] or "amax" in row["kernel"]]
     # All loads and stores are vectors, and what a transposition exchanges are 16-bit elements; of a 32-bit x, codes.
     by_bytes = {row["variant"] for row in casts if int(row["byte_accesses"])}
     assert all(name.startswith("fp32") or name.endswith("ragged") for name in by_bytes), by_bytes

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-# Rows and columns of one step of a sum. Not measured on a GPU yet.
+# Rows and columns of one step. Not measured on a GPU yet.
 _SUM_ROWS = 64
 _SUM_COLUMNS = 64
 
@@ -88,6 +88,29 @@ def _group_sum_kernel(
     tl.store(sums_ptr + group.to(tl.int64) * N + columns, sums, mask=columns < N)
 
 
+@triton.jit
+def _zero_ungrouped_rows_kernel(
+    x_ptr,  # [M, N] contiguous
+    ends_ptr,  # the last element is the row after the last group
+    num_groups,
+    M,
+    N,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Writes zeros to rows of no group and touches no other."""
+    end = tl.load(ends_ptr + num_groups - 1)
+    first_row = tl.program_id(0).to(tl.int64) * BLOCK_M
+    if first_row + BLOCK_M > end:
+        rows, columns = (
+            first_row + tl.arange(0, BLOCK_M),
+            tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N),
+        )
+        mask = ((rows >= end) & (rows < M))[:, None] & (columns < N)[None, :]
+        zeros = tl.zeros((BLOCK_M, BLOCK_N), x_ptr.dtype.element_ty)
+        tl.store(x_ptr + rows[:, None] * N + columns[None, :], zeros, mask=mask)
+
+
 def group_layout(offsets: torch.Tensor, rows: int, align: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(ends, padded ends) of groups, from int32 end offsets [E] that may be out of order; E is at least 1."""
     ends, padded_ends = torch.empty_like(offsets), torch.empty_like(offsets)
@@ -111,6 +134,15 @@ def group_sum(x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
             enable_fp_fusion=False,
         )
     return sums
+
+
+def zero_ungrouped_rows(x: torch.Tensor, ends: torch.Tensor) -> None:
+    """Set the rows of a contiguous matrix that belong to no group to zero; at least one group."""
+    rows, columns = x.shape
+    with torch.cuda.device_of(x):
+        _zero_ungrouped_rows_kernel[(triton.cdiv(rows, _SUM_ROWS), triton.cdiv(columns, _SUM_COLUMNS))](
+            x, ends, ends.shape[0], rows, columns, BLOCK_M=_SUM_ROWS, BLOCK_N=_SUM_COLUMNS
+        )
 
 
 def block_of_groups(num_groups: int) -> int:

@@ -3,15 +3,18 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+
 from aotrain.formats import BLOCKWISE_1X128, ELEMENT_FORMATS, ROWWISE, SCALE_FORMATS
 from aotrain.formats.scaling import Block
-from aotrain.kernels.triton import grouped_cast, groups
+from aotrain.kernels.triton import grouped_cast, grouped_mm, groups
 from aotrain.kernels.triton.kernel_variant import POINTER_OF_ELEMENT, KernelVariant
 from aotrain.kernels.triton.scaled_cast import kernel_constants
 from aotrain.kernels.triton.scaled_cast_tiles import AMAX_TILE, SQUARE_TILE, WIDE_TILE
 
 # Of the experts of a large model; vectors over groups are the only thing that depends on it.
 _BLOCK_E = 128
+_SCALES = {0: "row-scales", 1: "1x128", 128: "1x128-128x128"}
 _NAMES: dict[Block | None, str] = {None: "none", ROWWISE: "rowwise", BLOCKWISE_1X128: "1x128"}
 
 
@@ -71,6 +74,69 @@ def grouped_casts() -> Iterator[KernelVariant]:
         yield _cast(dtype, "float8_e4m3fn", "float32_pow2", ROWWISE, ROWWISE)
 
 
+def grouped_mms() -> Iterator[KernelVariant]:
+    """Each product of the recipes in the tiles it runs in; a K that 128 does not divide; other formats."""
+    for config in grouped_mm.CONFIGS:
+        for scaled_rows in (0, 128):
+            yield _rows("fp8e4nv", "bf16", scaled_rows, config)
+        yield _contracted("fp8e4nv", "bf16", 0, config)
+        yield _rows("i8", "bf16", 0, config)
+    vectors = grouped_mm.select_config(1024, 1)
+    yield _rows("fp8e4nv", "bf16", 1, vectors)
+    yield _contracted("fp8e4nv", "bf16", 1, vectors)
+    yield _contracted("fp8e4nv", "fp32", 1, vectors)
+    large = grouped_mm.CONFIGS[0]
+    yield _rows("fp8e4nv", "bf16", 0, large, fast_accum=True)
+    yield _rows("fp8e5", "fp32", 0, large)
+    yield _rows("fp8e4nv", "bf16", 128, large, even_k=False)
+    yield _contracted("i8", "bf16", 0, large)
+
+
+def _rows(
+    element: str,
+    out: str,
+    scaled_rows: int,
+    config: grouped_mm.MMConfig,
+    *,
+    even_k: bool = True,
+    fast_accum: bool = False,
+) -> KernelVariant:
+    names = [element, out, _SCALES[scaled_rows], f"{config.block_m}-rows"]
+    constants = _mm_constants(element, config, fast_accum)
+    return _variant(
+        "grouped_mm",
+        "-".join(names + ["ragged"] * (not even_k) + ["fast"] * fast_accum),
+        grouped_mm._grouped_mm_kernel,
+        {**_mm_pointers(element, out), "ends_ptr": "*i32"},
+        ("num_groups", "M", "N", "K"),
+        {**constants, "SCALED_ROWS": scaled_rows, "EVEN_K": even_k, "BLOCK_E": _BLOCK_E},
+        config.num_warps,
+        config.num_stages,
+    )
+
+
+def _contracted(element: str, out: str, scaled_rows: int, config: grouped_mm.MMConfig) -> KernelVariant:
+    return _variant(
+        "grouped_mm_contracted",
+        f"{element}-{out}-{_SCALES[scaled_rows]}-{config.block_m}-rows",
+        grouped_mm._grouped_mm_contracted_kernel,
+        {**_mm_pointers(element, out), "padded_ends_ptr": "*i32"},
+        ("M_PAD", "N", "K"),
+        {**_mm_constants(element, config, False), "SCALED_ROWS": scaled_rows},
+        config.num_warps,
+        config.num_stages,
+    )
+
+
+def _mm_pointers(element: str, out: str) -> dict[str, str]:
+    codes = {"a_ptr": f"*{element}", "a_scale_ptr": "*fp32", "b_ptr": f"*{element}", "b_scale_ptr": "*fp32"}
+    return codes | {"out_ptr": f"*{out}"}
+
+
+def _mm_constants(element: str, config: grouped_mm.MMConfig, fast_accum: bool) -> dict[str, Any]:
+    return grouped_mm.kernel_constants(config, torch.int8 if element == "i8" else torch.float8_e4m3fn, fast_accum)
+
+
 def _cast(
     dtype: str, element: str, scale: str, block: Block | None, block_t: Block, *, long_offsets: bool = False
 ) -> KernelVariant:
@@ -107,17 +173,22 @@ def _variant(
     sizes: tuple[str, ...],
     constants: dict[str, Any],
     num_warps: int = 4,
+    num_stages: int | None = None,
 ) -> KernelVariant:
-    """With pointers and sizes multiples of 16, but for the number of groups, and the stride of 1 a constant."""
+    """With pointers and sizes multiples of 16, but for the number of groups, and the stride of 1 a constant.
+
+    A product, which has stages, is compared by error, not by bits, and may fuse its additions.
+    """
     return KernelVariant(
         name=name,
         variant=variant,
         kernel=kernel,
         signature={**pointers, **dict.fromkeys(sizes, "i32"), **dict.fromkeys(constants, "constexpr")},
         constants=constants,
-        aligned=tuple(name for name in (*pointers, *sizes) if name != "num_groups"),
+        aligned=tuple(name for name in (*pointers, *sizes) if name not in ("num_groups", "M")),
         num_warps=num_warps,
+        options={"enable_fp_fusion": False} if num_stages is None else {"num_stages": num_stages},
     )
 
 
-GROUPED_KERNELS: tuple[Callable[[], Iterator[KernelVariant]], ...] = (group_layouts, grouped_casts)
+GROUPED_KERNELS: tuple[Callable[[], Iterator[KernelVariant]], ...] = (group_layouts, grouped_casts, grouped_mms)
