@@ -25,6 +25,7 @@ from aotrain.kernels import scaled_cast, scaled_cast_both
 from aotrain.testing import assert_bitwise_equal
 from benchmarks.case import Case
 from benchmarks.float8 import float8_cases
+from benchmarks.grouped import grouped_cases
 from benchmarks.optim import optim_cases
 
 # The scalings of the recipes, from which each cast of their linear layers is made.
@@ -98,5 +99,6 @@ def _copy(x: torch.Tensor) -> Case:
 BENCHMARKS: dict[str, Callable[[torch.device], Iterator[Case]]] = {
     "scaled_cast": scaled_cast_cases,
     "float8": float8_cases,
+    "grouped": grouped_cases,
     "optim": optim_cases,
 }

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from aotrain.recipes import RECIPES
-from benchmarks import float8, registry, run
+from benchmarks import float8, grouped, registry, run
 from benchmarks.case import Case
 
 ORIGIN = ("hardware", "driver", "torch", "triton", "commit")
@@ -124,3 +124,12 @@ def test_bytes_that_a_cast_must_move(small):
     assert cases["scaled_cast-rowwise-both"] == 6 * elements + 4 * (rows + columns)
     assert cases["scaled_cast-tensorwise"] == 5 * elements + 4
     assert cases["scaled_cast-1x128-both"] == 4 * elements + 2 * 4 * elements / 128
+
+
+def test_grouped_measures_our_recipes_beside_torch(tmp_path, monkeypatch):
+    monkeypatch.setattr(grouped, "CPU_SHAPES", ((96, 4, 64, 48),))
+    assert run.main(["grouped", "--out", str(tmp_path), "--repeats", "2"]) == 0
+    rows = list(csv.DictReader((tmp_path / "grouped.csv").open()))
+    names = ["bf16", "aotrain-rowwise", "aotrain-rowwise_with_gw_hp", "aotrain-blockwise"]
+    assert [row["case"] for row in rows] == [f"grouped-{name}" for name in names]
+    assert {row["shape"] for row in rows} == {"96x64x48-4-experts"}

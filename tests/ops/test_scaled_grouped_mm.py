@@ -233,12 +233,14 @@ def test_wrong_arguments_say_what_is_wanted():
         scaled_grouped_mm(x, weight, offsets, recipe, bias=torch.zeros(3))
 
 
-# Against the high-precision product on normal data, dB: (output, grad_input, grad_weight), as for scaled_linear: the
-# lowest of ten seeds, rounded down.
+# Against the high-precision product on normal data, dB: (output, grad_input, grad_weight). The lowest of ten seeds of
+# the shape below, rounded down; experts of 1024 x 512 with up to 256 tokens have the same values.
 SQNR_DB = {
-    "float8_rowwise": (24.0, 23.0, 23.0),
-    "float8_rowwise_with_gw_hp": (24.0, 23.0, 45.0),
-    "float8_blockwise": (27.0, 28.0, 27.0),
+    "float8_tensorwise": (28.0, 24.0, 24.0),
+    "float8_rowwise": (28.0, 28.0, 28.0),
+    "float8_rowwise_with_gw_hp": (28.0, 28.0, 55.0),
+    "float8_blockwise": (28.0, 28.0, 28.0),
+    "int8_rowwise": (40.0, 40.0, 41.0),
 }
 
 
@@ -255,3 +257,55 @@ def test_error_against_high_precision(name: str):
 def test_two_runs_are_bit_equal(name: str):
     x, weight, offsets, grad = operands([20, 5], 30, 32, 16)
     assert_equal(*(run(x, weight, offsets, grad, RECIPES[name]) for _ in range(2)))
+
+
+@pytest.mark.gpu
+class TestOnGPU:
+    @pytest.mark.parametrize("groups", ["aligned", "ragged", "tail", "one-has-all", "empty", "long"])
+    @pytest.mark.parametrize(
+        "name", ["float8_rowwise", "float8_rowwise_with_gw_hp", "float8_blockwise", "int8_rowwise"]
+    )
+    def test_is_close_to_the_definition(self, name: str, groups: str):
+        sizes, rows = GROUPS[groups]
+        x, weight, offsets, grad = operands(sizes, rows, 64, 48)
+        want = run(x, weight, offsets, grad, RECIPES[name])
+        moved = [t.detach().cuda() for t in (x, weight, offsets, grad)]
+        x, weight = (t.requires_grad_() for t in moved[:2])
+        y = scaled_grouped_mm(x, weight, moved[2], RECIPES[name])
+        for a, b in zip([y, *torch.autograd.grad(y, (x, weight), moved[3])], want, strict=True):
+            assert not a.cpu()[b == 0].any()
+            # Codes and scales are equal; Hopper sums float8 products with 14 bits or so of them.
+            assert not b.any() or sqnr(b, a.cpu()) >= 30
+
+    @pytest.mark.parametrize("name", ["float8_rowwise", "float8_rowwise_with_gw_hp", "float8_blockwise"])
+    def test_a_graph_replays_with_other_groups(self, name: str):
+        """Nothing waits for the GPU, so a step is captured once and replayed for any routing of as many tokens."""
+        x, weight, offsets, grad = (t.detach().cuda() for t in operands([40, 0, 56], 96, 64, 48))
+        x, weight = x.requires_grad_(), weight.requires_grad_()
+        bias = torch.randn(3, 48, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+
+        def step() -> list[torch.Tensor]:
+            y = scaled_grouped_mm(x, weight, offsets, RECIPES[name], bias=bias)
+            return [y.detach(), *torch.autograd.grad(y, (x, weight, bias), grad)]
+
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        for sizes in ([1, 90, 5], [0, 0, 17], [96, 0, 0]):
+            offsets.copy_(torch.tensor(sizes).cumsum(0))
+            graph.replay()
+            for a, b in zip(captured, step(), strict=True):
+                assert_bitwise_equal(a, b)
+
+    def test_offsets_out_of_order_are_made_safe(self):
+        x, weight, _, grad = (t.detach().cuda() for t in operands([40, 0, 56], 96, 64, 48))
+        results = []
+        for offsets in ([40, 30, 200], [40, 40, 96]):
+            ends = torch.tensor(offsets, dtype=torch.int32, device="cuda")
+            results.append(run(x.requires_grad_(), weight.requires_grad_(), ends, grad, RECIPES["float8_rowwise"]))
+        assert_equal(*results)
