@@ -182,8 +182,9 @@ def _reference_t(
     for group, ((start, end), (first, last)) in enumerate(
         zip([*rows, (0, 0)], [*columns, (used, data.shape[1])], strict=True)
     ):
-        padding = (0, last - first - (end - start))
-        q = scaled_cast(torch.nn.functional.pad(x_hp[start:end].t(), padding), scaling)
+        padding = last - first - (end - start)
+        padded = torch.nn.functional.pad(x_hp[start:end], (0, 0, 0, padding)) if padding else x_hp[start:end]
+        q = scaled_cast(padded.t(), scaling)
         data[:, first:last] = q.data
         if block_columns != -1:
             scales[:, first // block_columns : last // block_columns] = q.scale

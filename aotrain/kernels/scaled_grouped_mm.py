@@ -112,8 +112,10 @@ def _operands(arguments: tuple[Any, ...]) -> tuple[ScaledTensor, ScaledTensor]:
 def _reference(*arguments: Any) -> torch.Tensor:
     a, b = _operands(arguments)
     ends, out_dtype, fast_accum, emulate = arguments[10:]
-    output = a.data.new_zeros((a.data.shape[0], b.data.shape[1]), dtype=out_dtype)
-    for group, (start, end) in enumerate(group_bounds(ends, a.data.shape[0])):
+    output = a.data.new_empty((a.data.shape[0], b.data.shape[1]), dtype=out_dtype)
+    bounds = group_bounds(ends, a.data.shape[0])
+    output[bounds[-1][1] if bounds else 0 :] = 0
+    for group, (start, end) in enumerate(bounds):
         if end > start:
             output[start:end] = scaled_mm(
                 ScaledTensor(a.data[start:end], a.scale[start:end], a.scaling),
@@ -128,7 +130,7 @@ def _reference(*arguments: Any) -> torch.Tensor:
 def _reference_contracted(*arguments: Any) -> torch.Tensor:
     a, b = _operands(arguments)
     ends, padded_ends, rows, out_dtype, fast_accum, emulate = arguments[10:]
-    output = a.data.new_zeros((ends.shape[0], a.data.shape[0], b.data.shape[0]), dtype=out_dtype)
+    output = a.data.new_empty((ends.shape[0], a.data.shape[0], b.data.shape[0]), dtype=out_dtype)
     columns = group_bounds(padded_ends, a.data.shape[1])
     for group, ((start, end), (first, _)) in enumerate(zip(group_bounds(ends, rows), columns, strict=True)):
         if end > start:
@@ -139,6 +141,8 @@ def _reference_contracted(*arguments: Any) -> torch.Tensor:
                 fast_accum=fast_accum,
                 emulate=emulate,
             )
+        else:
+            output[group] = 0
     return output
 
 
@@ -175,18 +179,22 @@ def _fake_contracted(a: torch.Tensor, *arguments: Any) -> torch.Tensor:
 
 
 def _grouped_mm(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    output = a.new_zeros((a.shape[0], b.shape[2]))
-    for group, (start, end) in enumerate(group_bounds(ends, a.shape[0])):
+    output = a.new_empty((a.shape[0], b.shape[2]))
+    bounds = group_bounds(ends, a.shape[0])
+    output[bounds[-1][1] if bounds else 0 :] = 0
+    for group, (start, end) in enumerate(bounds):
         if end > start:
-            output[start:end] = a[start:end] @ b[group]
+            torch.mm(a[start:end], b[group], out=output[start:end])
     return output
 
 
 def _grouped_mm_contracted(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    output = a.new_zeros((ends.shape[0], a.shape[1], b.shape[1]))
+    output = a.new_empty((ends.shape[0], a.shape[1], b.shape[1]))
     for group, (start, end) in enumerate(group_bounds(ends, a.shape[0])):
         if end > start:
-            output[group] = a[start:end].t() @ b[start:end]
+            torch.mm(a[start:end].t(), b[start:end], out=output[group])
+        else:
+            output[group] = 0
     return output
 
 
