@@ -120,7 +120,8 @@ class _ScaledGroupedMM(torch.autograd.Function):
             x_q, w_q = grouped_cast(x, layout, gemm.lhs), scaled_cast(weight.mT, gemm.rhs)
             y = scaled_product(x_q, w_q, layout, x.dtype, fast_accum=gemm.fast_accum, emulate=options.emulate)
         if bias is not None:
-            y += _bias_of_rows(bias.to(y.dtype), layout)
+            # Not in place: Dynamo of torch 2.11 then drops all gradients of the function, without a word.
+            y = y + _bias_of_rows(bias.to(y.dtype), layout)
         ctx.save_for_backward(
             *(x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None),
             *(ends, padded_ends),
