@@ -115,8 +115,11 @@ PUBLIC = {
     ],
     "aotrain.integrations.huggingface": ["convert_trainer_checkpoint", "optimizer_cls_and_kwargs"],
     "aotrain.kernels": [
+        "RowPermutation",
         "cast_kernel_gap",
+        "expert_major_permutation",
         "float8_problem",
+        "gather_rows",
         "native_scaled_mm_problem",
         "scaled_cast",
         "scaled_cast_both",

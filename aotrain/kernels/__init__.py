@@ -7,10 +7,14 @@ device, and, where there is one, a faster implementation for CUDA (Triton) or CP
 
 from aotrain.kernels.scaled_cast import cast_kernel_gap, scaled_cast, scaled_cast_both
 from aotrain.kernels.scaled_mm import float8_problem, native_scaled_mm_problem, scaled_mm
+from aotrain.kernels.token_permute import RowPermutation, expert_major_permutation, gather_rows
 
 __all__ = [
+    "RowPermutation",
     "cast_kernel_gap",
+    "expert_major_permutation",
     "float8_problem",
+    "gather_rows",
     "native_scaled_mm_problem",
     "scaled_cast",
     "scaled_cast_both",

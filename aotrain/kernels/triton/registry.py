@@ -21,7 +21,7 @@ from aotrain.formats import (
 )
 from aotrain.formats.scaling import Block
 from aotrain.kernels.adam import AdamScalars
-from aotrain.kernels.triton import _adam_launch, scaled_cast, scaled_cast_tiles
+from aotrain.kernels.triton import _adam_launch, scaled_cast, scaled_cast_tiles, token_permute
 from aotrain.kernels.triton._adam_launch import FLOAT32_BLOCK, Class
 from aotrain.kernels.triton.adam import adam_kernel
 from aotrain.kernels.triton.kernel_variant import POINTER_OF_ELEMENT, KernelVariant
@@ -104,13 +104,53 @@ def scaled_cast_of_tiles() -> Iterator[KernelVariant]:
         yield _tiles(dtype, "float8_e4m3fn", "float32_pow2", ROWWISE, ROWWISE)
 
 
+def token_permutation() -> Iterator[KernelVariant]:
+    """Indices for 8 and 64 ranks of 8 experts; rows of values, of codes, of scales, and of an odd length."""
+    pointers = {
+        "counts_ptr": "*i64",
+        **dict.fromkeys(("indices_ptr", "inverse_ptr", "sizes_ptr", "offsets_ptr"), "*i32"),
+    }
+    sizes = ("num_rows", "num_permuted", "alignment", "min_rows")
+    for num_ranks in (8, 64):
+        constants = token_permute.index_constants(num_ranks, 8)
+        yield KernelVariant(
+            name="expert_major_indices",
+            variant=f"{num_ranks}-ranks-8-experts",
+            kernel=token_permute._expert_major_indices_kernel,
+            signature=pointers | dict.fromkeys(sizes, "i32") | dict.fromkeys(constants, "constexpr"),
+            constants=constants,
+            aligned=tuple(pointers),
+            num_warps=token_permute.NUM_WARPS,
+        )
+    for dtype, columns in (("i16", 7168), ("i32", 7168), ("u8", 7168), ("u8", 224), ("u8", 100)):
+        yield _gather_rows(dtype, columns)
+
+
 KERNELS: tuple[Callable[[], Iterator[KernelVariant]], ...] = (
     scaled_cast_rowwise,
     amax,
     scaled_cast_of_tiles,
     adam,
     *GROUPED_KERNELS,
+    token_permutation,
 )
+
+
+def _gather_rows(dtype: str, columns: int) -> KernelVariant:
+    block_m, block_k = token_permute.select_tile(columns, int(dtype[1:]) // 8)
+    ragged = columns % 16 != 0
+    sizes = ("K", "stride_m")
+    constants = {"BLOCK_M": block_m, "BLOCK_K": block_k}
+    pointers = {"x_ptr": f"*{dtype}", "indices_ptr": "*i32", "y_ptr": f"*{dtype}"}
+    return KernelVariant(
+        name="gather_rows",
+        variant=f"{dtype}-{block_m}x{block_k}{'-ragged' * ragged}",
+        kernel=token_permute._gather_rows_kernel,
+        signature=pointers | dict.fromkeys(("M", *sizes), "i32") | dict.fromkeys(constants, "constexpr"),
+        constants=constants,
+        aligned=(*pointers, *(() if ragged else sizes)),
+        num_warps=token_permute.NUM_WARPS,
+    )
 
 
 def _rowwise(dtype: str, element: str, scale: str, config: scaled_cast.Config, row_fits: bool) -> KernelVariant:
