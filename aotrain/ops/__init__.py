@@ -1,6 +1,14 @@
 """Autograd: the one layer that knows that a linear layer is three matrix products."""
 
 from aotrain.ops.scaled_grouped_mm import scaled_grouped_mm
+from aotrain.ops.permute import (
+    generate_permute_indices,
+    pad_token_groups,
+    permute,
+    permute_and_pad,
+    unpad_token_groups,
+    unpermute,
+)
 from aotrain.ops.scaled_linear import (
     OperandCasts,
     QuantizedWeight,
@@ -19,7 +27,13 @@ __all__ = [
     "cast_operand",
     "cast_weight",
     "check_save_for_backward",
+    "generate_permute_indices",
+    "pad_token_groups",
+    "permute",
+    "permute_and_pad",
     "scaled_grouped_mm",
     "scaled_linear",
     "transpose_quantized",
+    "unpad_token_groups",
+    "unpermute",
 ]

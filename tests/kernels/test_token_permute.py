@@ -16,6 +16,9 @@ COUNTS = {
     "aligned": [[4, 8], [4, 0]],
 }
 
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int32]
+DTYPES += [torch.uint8, torch.float8_e4m3fn, torch.float8_e8m0fnu]
+
 
 def by_hand(counts: list[list[int]], alignment: int, min_rows: int, num_rows: int, num_permuted: int) -> RowPermutation:
     """The definition as a loop over experts and ranks."""
@@ -82,12 +85,7 @@ def test_errors_of_indices(tokens, options, error, says) -> None:
         expert_major_permutation(tokens, 2, num_rows=4, num_permuted=8, **options)
 
 
-@pytest.mark.parametrize(
-    "dtype",
-    [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.uint8, torch.float8_e4m3fn]
-    + [torch.float8_e8m0fnu, torch.int32],
-    ids=str,
-)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gather_copies_bits(dtype: torch.dtype) -> None:
     bits = torch.randint(0, 256, (7, 5 * dtype.itemsize), dtype=torch.uint8)  # NaN payloads included
     x = bits.view(dtype)

@@ -146,14 +146,19 @@ def index_constants(num_ranks: int, num_experts: int) -> dict[str, int]:
     return {
         "NUM_RANKS": num_ranks,
         "NUM_EXPERTS": num_experts,
-        "BLOCK_RANKS": triton.next_power_of_2(num_ranks),
-        "BLOCK_EXPERTS": triton.next_power_of_2(num_experts),
+        "BLOCK_RANKS": _power_of_two(num_ranks),
+        "BLOCK_EXPERTS": _power_of_two(num_experts),
         "BLOCK": INDEX_BLOCK,
     }
 
 
 def select_tile(num_columns: int, element_size: int) -> tuple[int, int]:
     """(rows, columns) of a tile of TILE_BYTES; of a quarter where vectors do not fit, for its registers."""
-    block_k = min(triton.next_power_of_2(num_columns), MAX_COLUMN_BYTES // element_size)
+    block_k = min(_power_of_two(num_columns), MAX_COLUMN_BYTES // element_size)
     tile_bytes = TILE_BYTES if num_columns % 16 == 0 else TILE_BYTES // 4
     return max(1, tile_bytes // (block_k * element_size)), block_k
+
+
+def _power_of_two(size: int) -> int:
+    """The smallest power of two that is at least `size` >= 1."""
+    return 1 << (size - 1).bit_length()
