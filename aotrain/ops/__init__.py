@@ -9,6 +9,16 @@ from aotrain.ops.permute import (
     unpad_token_groups,
     unpermute,
 )
+from aotrain.ops.quantized_all_to_all import (
+    PAYLOADS,
+    Payload,
+    QuantizedRows,
+    all_to_all_combine,
+    all_to_all_dispatch,
+    all_to_all_dispatch_quantized,
+    dequantize_rows,
+    permute_quantized,
+)
 from aotrain.ops.scaled_linear import (
     OperandCasts,
     QuantizedWeight,
@@ -21,16 +31,24 @@ from aotrain.ops.scaled_linear import (
 )
 
 __all__ = [
+    "PAYLOADS",
     "OperandCasts",
+    "Payload",
+    "QuantizedRows",
     "QuantizedWeight",
     "WeightCasts",
+    "all_to_all_combine",
+    "all_to_all_dispatch",
+    "all_to_all_dispatch_quantized",
     "cast_operand",
     "cast_weight",
     "check_save_for_backward",
+    "dequantize_rows",
     "generate_permute_indices",
     "pad_token_groups",
     "permute",
     "permute_and_pad",
+    "permute_quantized",
     "scaled_grouped_mm",
     "scaled_linear",
     "transpose_quantized",

@@ -83,9 +83,16 @@ def permute_and_pad(
         (input_shape, x_permuted, permuted_indices, num_tokens_per_expert_padded, group_offsets). input_shape is
         [rows + 1, K]: writing rows to `permuted_indices`, where padding has -1, leaves padding in the extra row.
     """
+    permutation, shape = permutation_and_shape(x, num_tokens_per_expert, ep_degree, num_local_experts, alignment)
+    return shape, apply_permutation(x, permutation), permutation.indices, permutation.sizes, permutation.offsets
+
+
+def permutation_and_shape(
+    x: torch.Tensor, num_tokens_per_expert: torch.Tensor, ep_degree: int, num_local_experts: int, alignment: int
+) -> tuple[RowPermutation, torch.Size]:
+    """What `permute_and_pad` does to x, and its `input_shape`; of x only the shape matters."""
     permutation = _permutation_of(x, num_tokens_per_expert, num_local_experts, ep_degree, alignment, alignment)
-    input_shape = torch.Size((x.shape[0] + 1, x.shape[1]))
-    return input_shape, apply_permutation(x, permutation), permutation.indices, permutation.sizes, permutation.offsets
+    return permutation, torch.Size((x.shape[0] + 1, x.shape[1]))
 
 
 def unpermute_indexed(y: torch.Tensor, permuted_indices: torch.Tensor, num_rows: int) -> torch.Tensor:
