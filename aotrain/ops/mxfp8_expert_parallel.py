@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from aotrain.formats import SCALE_FORMATS, Scaling
-from aotrain.ops.permute import permutation_and_shape, unpermute_indexed
+from aotrain.ops.permute import token_permutation, unpermute_indexed
 from aotrain.ops.quantized_all_to_all import (
     MXFP8_ROWS,
     QuantizedRows,
@@ -52,10 +52,11 @@ def permute_mxfp8_fwd_hp_bwd(
     group_size_multiple_of: int = 32,
 ) -> tuple[torch.Size, QuantizedRows, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`permute_and_pad` of quantized rows: (shape with one more row, rows, indices, padded sizes, end offsets)."""
-    permutation, shape = permutation_and_shape(
-        rows.handle, num_tokens_per_expert, ep_degree, num_local_experts, group_size_multiple_of
-    )
+    num_rows, num_columns = rows.q.data.shape
+    groups = (num_tokens_per_expert, num_local_experts, ep_degree, group_size_multiple_of)
+    permutation = token_permutation(num_rows, *groups, min_group_rows=group_size_multiple_of)
     permuted = permute_quantized(rows, permutation)
+    shape = torch.Size((num_rows + 1, num_columns))
     return shape, permuted, permutation.indices, permutation.sizes, permutation.offsets
 
 

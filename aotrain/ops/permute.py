@@ -20,12 +20,12 @@ import torch
 from aotrain.kernels import RowPermutation, expert_major_permutation, gather_rows
 
 
-def padded_rows(num_rows: int, num_groups: int, alignment: int) -> int:
+def padded_rows(num_rows: int, num_groups: int, alignment: int, min_group_rows: int = 0) -> int:
     """An upper bound of the sum of `num_groups` groups of `num_rows` rows in all, each padded to the alignment.
 
-    A multiple of the alignment; exact for an alignment of 1. Leaves room for an empty group to take `alignment` rows.
+    A multiple of the alignment; exact for an alignment of 1 where empty groups take nothing.
     """
-    if alignment == 1:
+    if alignment == 1 and min_group_rows == 0:
         return num_rows
     return -(-(num_rows + num_groups * alignment) // alignment) * alignment
 
@@ -53,8 +53,31 @@ def permute(
     Raises:
         ValueError: x is not a matrix, or the counts are not num_ranks * num_local_experts.
     """
-    permutation = _permutation_of(x, tokens_per_expert_group, num_local_experts, num_ranks, alignment, 0)
+    _check_matrix(x)
+    groups = (tokens_per_expert_group, num_local_experts, num_ranks, alignment)
+    permutation = token_permutation(x.shape[0], *groups)
     return apply_permutation(x, permutation), permutation
+
+
+def token_permutation(
+    num_rows: int,
+    tokens_per_expert_group: torch.Tensor,
+    num_local_experts: int,
+    num_ranks: int,
+    alignment: int = 1,
+    *,
+    min_group_rows: int = 0,
+) -> RowPermutation:
+    """What `permute` does to `num_rows` rows; an empty group takes `min_group_rows`, 0 or the alignment."""
+    _check_groups(tokens_per_expert_group, num_local_experts, num_ranks)
+    return expert_major_permutation(
+        tokens_per_expert_group,
+        num_local_experts,
+        num_rows=num_rows,
+        num_permuted=padded_rows(num_rows, num_local_experts, alignment, min_group_rows),
+        alignment=alignment,
+        min_group_rows=min_group_rows,
+    )
 
 
 def unpermute(y: torch.Tensor, permutation: RowPermutation) -> torch.Tensor:
@@ -83,16 +106,11 @@ def permute_and_pad(
         (input_shape, x_permuted, permuted_indices, num_tokens_per_expert_padded, group_offsets). input_shape is
         [rows + 1, K]: writing rows to `permuted_indices`, where padding has -1, leaves padding in the extra row.
     """
-    permutation, shape = permutation_and_shape(x, num_tokens_per_expert, ep_degree, num_local_experts, alignment)
+    _check_matrix(x)
+    groups = (num_tokens_per_expert, num_local_experts, ep_degree, alignment)
+    permutation = token_permutation(x.shape[0], *groups, min_group_rows=alignment)
+    shape = torch.Size((x.shape[0] + 1, x.shape[1]))
     return shape, apply_permutation(x, permutation), permutation.indices, permutation.sizes, permutation.offsets
-
-
-def permutation_and_shape(
-    x: torch.Tensor, num_tokens_per_expert: torch.Tensor, ep_degree: int, num_local_experts: int, alignment: int
-) -> tuple[RowPermutation, torch.Size]:
-    """What `permute_and_pad` does to x, and its `input_shape`; of x only the shape matters."""
-    permutation = _permutation_of(x, num_tokens_per_expert, num_local_experts, ep_degree, alignment, alignment)
-    return permutation, torch.Size((x.shape[0] + 1, x.shape[1]))
 
 
 def unpermute_indexed(y: torch.Tensor, permuted_indices: torch.Tensor, num_rows: int) -> torch.Tensor:
@@ -141,7 +159,8 @@ def pad_token_groups(
         (padded [padded_rows(M, E, alignment_size), K], start offsets int32 [E], end offsets int32 [E]); an end offset
         includes the group's padding.
     """
-    permutation = _permutation_of(x, _group_sizes(offs), offs.shape[0], 1, alignment_size, 0)
+    _check_matrix(x)
+    permutation = token_permutation(x.shape[0], _group_sizes(offs), offs.shape[0], 1, alignment_size)
     starts = permutation.offsets - permutation.sizes
     return apply_permutation(x, permutation), starts, permutation.offsets
 
@@ -168,20 +187,9 @@ def unpad_token_groups(
     return unpermute(padded, permutation)
 
 
-def _permutation_of(
-    x: torch.Tensor, counts: torch.Tensor, num_local_experts: int, num_ranks: int, alignment: int, min_group_rows: int
-) -> RowPermutation:
+def _check_matrix(x: torch.Tensor) -> None:
     if x.dim() != 2:
         raise ValueError(f"permuting rows got x of shape {tuple(x.shape)}; want [rows, columns].")
-    _check_groups(counts, num_local_experts, num_ranks)
-    return expert_major_permutation(
-        counts,
-        num_local_experts,
-        num_rows=x.shape[0],
-        num_permuted=padded_rows(x.shape[0], num_local_experts, max(alignment, min_group_rows)),
-        alignment=alignment,
-        min_group_rows=min_group_rows,
-    )
 
 
 def _check_groups(counts: torch.Tensor, num_local_experts: int, num_ranks: int) -> None:

@@ -37,11 +37,14 @@ from aotrain.formats import (
 )
 from aotrain.kernels import RowPermutation, gather_rows, scaled_cast
 from aotrain.ops.packed_rows import pack_rows, packed_width, unpack_rows
+from aotrain.ops.token_order import TokenOrder, sum_rows
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     Group = dist.ProcessGroup | DeviceMesh | str | None
+    # output splits, input splits, group
+    _Where = tuple[tuple[int, ...], tuple[int, ...], Group]
 
 MXFP8_ROWS = Scaling(element=FLOAT8_E4M3, scale=SCALE_FORMATS["e8m0_rceil"], block=BLOCKWISE_1X32)
 FLOAT8_ROWS = Scaling(element=FLOAT8_E4M3, scale=SCALE_FORMATS["float32_pow2"], block=ROWWISE)
@@ -94,16 +97,20 @@ def all_to_all_dispatch(
     *,
     forward: Scaling | None = MXFP8_ROWS,
     backward: Scaling | None = None,
+    order: TokenOrder | None = None,
 ) -> torch.Tensor:
     """Send rows to the ranks of their experts. Differentiable in x; the gradient travels with the splits exchanged.
 
     Args:
-        x: [rows, K], float32, bfloat16 or float16; sum(input_splits) rows in the order of the ranks they go to.
+        x: [rows, K], float32, bfloat16 or float16; sum(input_splits) rows in the order of the ranks they go to. With an
+            order: tokens.
         output_splits: rows that come from each rank of the group.
         input_splits: rows that go to each rank of the group.
         group: a process group, one-dimensional mesh or group name; None for the default group.
         forward: payload of the rows; None for x's dtype.
         backward: payload of the gradients; None for their dtype.
+        order: send the rows `expand_rows(x, order)`, of which a token has several. Each token is quantized once, and
+            with a payload the rows of x's dtype are never made.
 
     Returns:
         [sum(output_splits), K] in x's dtype: with a payload, what dequantizing the sender's codes gives, bit for bit.
@@ -111,10 +118,12 @@ def all_to_all_dispatch(
     Raises:
         ValueError: x is not a matrix, splits do not fit it, or a payload whose scales are not of one row each.
     """
-    if forward is None:
-        return _send_high_precision(x, output_splits, input_splits, group, backward)
-    sent = all_to_all_dispatch_quantized(x, output_splits, input_splits, group, forward=forward, backward=backward)
-    return dequantize_rows(sent)
+    where = (tuple(output_splits), tuple(input_splits), group)
+    if forward is not None:
+        sent = all_to_all_dispatch_quantized(x, *where, forward=forward, backward=backward, order=order)
+        return dequantize_rows(sent)
+    _check_splits(x, input_splits, order)
+    return cast(torch.Tensor, _Send.apply(x, *(order or (None, None)), where, backward))
 
 
 def all_to_all_combine(
@@ -141,16 +150,17 @@ def all_to_all_dispatch_quantized(
     *,
     forward: Scaling = MXFP8_ROWS,
     backward: Scaling | None = None,
+    order: TokenOrder | None = None,
 ) -> QuantizedRows:
     """`all_to_all_dispatch` that hands out the codes, for a product that takes its left operand quantized this way.
 
     The data are a view of the buffer that was received; `permute_quantized` makes them contiguous.
     """
-    _check_splits(x, input_splits)
-    splits = (tuple(output_splits), tuple(input_splits))
+    _check_splits(x, input_splits, order)
+    where = (tuple(output_splits), tuple(input_splits), group)
     handle, data, scale = cast(
         tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-        _SendQuantized.apply(x, *splits, group, forward, backward),
+        _SendQuantized.apply(x, *(order or (None, None)), where, forward, backward),
     )
     return QuantizedRows(ScaledTensor(data, scale, forward), handle)
 
@@ -179,47 +189,41 @@ def exchange_rows(
     return collectives.wait_tensor(received)
 
 
-def _send_high_precision(
-    x: torch.Tensor,
-    output_splits: Sequence[int],
-    input_splits: Sequence[int],
-    group: "Group",
-    backward: Scaling | None,
-) -> torch.Tensor:
-    _check_splits(x, input_splits)
-    return cast(torch.Tensor, _Send.apply(x, tuple(output_splits), tuple(input_splits), group, backward))
-
-
-def _check_splits(x: torch.Tensor, input_splits: Sequence[int]) -> None:
-    if x.dim() != 2 or x.shape[0] != sum(input_splits):
+def _check_splits(x: torch.Tensor, input_splits: Sequence[int], order: TokenOrder | None) -> None:
+    rows = sum(input_splits)
+    if x.dim() != 2 or (x.shape[0] if order is None else order.tokens.shape[0]) != rows:
         raise ValueError(
             f"all-to-all got x of shape {tuple(x.shape)} for input_splits {list(input_splits)}; want a matrix of "
-            f"{sum(input_splits)} rows."
+            f"{rows} rows, or tokens and an order of {rows} rows."
         )
 
 
-def _exchange_quantized(x: torch.Tensor, scaling: Scaling, *where: Any) -> ScaledTensor:
+def _exchange_quantized(
+    x: torch.Tensor, tokens: torch.Tensor | None, scaling: Scaling, where: "_Where"
+) -> ScaledTensor:
     """Quantize, send codes and scales in one collective, and unpack what came."""
     packed_width(x.shape[1], scaling)  # raises before any rank waits
-    return unpack_rows(exchange_rows(pack_rows(scaled_cast(x, scaling)), *where), x.shape[1], scaling)
-
-
-def _send_gradient(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-    """The gradient on its way back, in the payload of backward and the dtype it came in."""
-    output_splits, input_splits, group, scaling = ctx.sent
-    where = (input_splits, output_splits, group)
-    if scaling is None:
-        return exchange_rows(grad, *where)
-    return dequantize(_exchange_quantized(grad, scaling, *where), grad.dtype)
+    packed = pack_rows(scaled_cast(x, scaling))
+    if tokens is not None:
+        packed = gather_rows(packed, tokens)
+    return unpack_rows(exchange_rows(packed, *where), x.shape[1], scaling)
 
 
 class _Send(torch.autograd.Function):
-    """High precision forward, any payload backward. Saves nothing."""
+    """High precision forward, any payload backward. Saves the slots of an order, 4 bytes per row."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, *sent: Any) -> torch.Tensor:
-        ctx.sent = sent
-        return exchange_rows(x, *sent[:3])
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        tokens: torch.Tensor | None,
+        slots: torch.Tensor | None,
+        where: "_Where",
+        backward: Scaling | None,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(slots)
+        ctx.where, ctx.payload = where, backward
+        return exchange_rows(x if tokens is None else gather_rows(x, tokens), *where)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -227,19 +231,39 @@ class _Send(torch.autograd.Function):
 
 
 class _SendQuantized(torch.autograd.Function):
-    """Quantized forward, any payload backward: (handle, data, scale). Saves nothing."""
+    """Quantized forward, any payload backward: (handle, data, scale). Saves the slots of an order."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, *sent: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        output_splits, input_splits, group, forward, backward = sent
-        ctx.sent = output_splits, input_splits, group, backward
-        q = _exchange_quantized(x, forward, output_splits, input_splits, group)
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        tokens: torch.Tensor | None,
+        slots: torch.Tensor | None,
+        where: "_Where",
+        forward: Scaling,
+        backward: Scaling | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        ctx.save_for_backward(slots)
+        ctx.where, ctx.payload = where, backward
+        q = _exchange_quantized(x, tokens, forward, where)
         ctx.mark_non_differentiable(q.data, q.scale)
         return x.new_full((), torch.nan).expand(q.data.shape), q.data, q.scale
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return _send_gradient(ctx, grad_outputs[0]), None, None, None, None, None
+
+
+def _send_gradient(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+    """The gradient on its way back, in the payload of backward and the dtype it came in; one row per token."""
+    output_splits, input_splits, group = ctx.where
+    where = (input_splits, output_splits, group)
+    if ctx.payload is None:
+        rows = exchange_rows(grad, *where)
+    else:
+        rows = dequantize(_exchange_quantized(grad, None, ctx.payload, where), grad.dtype)
+    (slots,) = ctx.saved_tensors
+    return rows if slots is None else sum_rows(rows, slots)
 
 
 class _DequantizeRows(torch.autograd.Function):
