@@ -69,6 +69,7 @@ PUBLIC = {
     ],
     "aotrain.nn": [
         "CastConfig",
+        "ExpertParallel",
         "Float8GemmConfig",
         "Float8Linear",
         "Float8LinearConfig",

@@ -2,6 +2,7 @@
 
 from aotrain.nn.checkpointing import save_products
 from aotrain.nn.convert import convert_to_float8_training, unconvert
+from aotrain.nn.expert_parallel import ExpertParallel
 from aotrain.nn.filters import auto_filter_for_recipe
 from aotrain.nn.float8_config import (
     CastConfig,
@@ -18,6 +19,7 @@ from aotrain.nn.report import Report, ReportRow, conversion_report
 
 __all__ = [
     "CastConfig",
+    "ExpertParallel",
     "Float8GemmConfig",
     "Float8Linear",
     "Float8LinearConfig",
