@@ -16,8 +16,10 @@ from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.config.override import derive, override
 from torchtitan.models.common.attention import FlexAttention, VarlenAttention
 from torchtitan.models.common.linear import Linear
+from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher
 
 from aotrain.integrations.torchtitan.attention import DocumentSDPA
+from aotrain.integrations.torchtitan.dispatcher import QuantizedTokenDispatcher, dispatcher_config
 from aotrain.integrations.torchtitan.linear import Float8Linear, float8_linear_config
 from aotrain.integrations.torchtitan.metrics import RunMetrics
 from aotrain.integrations.torchtitan.optim import LowBitOptimizers, with_low_bit
@@ -33,6 +35,14 @@ def float8_linear(
 ) -> Float8Linear.Config:
     """Every linear layer of the transformer blocks in the formats of ``recipe``."""
     return float8_linear_config(config, recipe=recipe, emulate=emulate, fsdp_float8_all_gather=fsdp_float8_all_gather)
+
+
+@override(target=AllToAllTokenDispatcher.Config, exact=True, description="tokens travel to their experts in float8")
+def token_dispatcher(
+    config: AllToAllTokenDispatcher.Config, *, payload: str = "mxfp8", pad_multiple: int = 1
+) -> QuantizedTokenDispatcher.Config:
+    """Expert parallelism with low-precision all-to-all, and groups padded for grouped products."""
+    return dispatcher_config(config, payload=payload, pad_multiple=pad_multiple)
 
 
 @override(target=OptimizersContainer.Config, description="low-bit AdamW state")
