@@ -11,7 +11,7 @@ the tensor. Codes and scales of a row travel beside each other (`packed_rows`), 
 | gradient of it      | MXFP8          | the grouped product for grad_input quantizes these rows 1 x 32 anyway        |
 
 "Nothing is lost": quantizing the dequantized rows again gives the same values, also where the scale comes out smaller
-(docs/numerics.md, section 9). What is sent in low precision has a straight-through gradient.
+(docs/numerics.md, "Expert parallelism"). What is sent in low precision has a straight-through gradient.
 
 A quantized dispatch can hand out codes (`all_to_all_dispatch_quantized`) or values (`all_to_all_dispatch`). Codes have
 no gradient of their own dtype, so a `QuantizedRows` carries a handle beside them, through which gradients pass.
