@@ -139,6 +139,7 @@ PUBLIC = {
         "scaled_cast",
         "scaled_cast_both",
         "scaled_mm",
+        "sum_rows",
     ],
 }
 

@@ -7,6 +7,7 @@ device, and, where there is one, a faster implementation for CUDA (Triton) or CP
 
 from aotrain.kernels.scaled_cast import cast_kernel_gap, scaled_cast, scaled_cast_both
 from aotrain.kernels.scaled_mm import float8_problem, native_scaled_mm_problem, scaled_mm
+from aotrain.kernels.sum_rows import sum_rows
 from aotrain.kernels.token_permute import RowPermutation, expert_major_permutation, gather_rows
 
 __all__ = [
@@ -19,4 +20,5 @@ __all__ = [
     "scaled_cast",
     "scaled_cast_both",
     "scaled_mm",
+    "sum_rows",
 ]

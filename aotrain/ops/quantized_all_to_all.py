@@ -35,9 +35,9 @@ from aotrain.formats import (
     dequantize,
     quantize,
 )
-from aotrain.kernels import RowPermutation, gather_rows, scaled_cast
+from aotrain.kernels import RowPermutation, gather_rows, scaled_cast, sum_rows
 from aotrain.ops.packed_rows import pack_rows, packed_width, unpack_rows
-from aotrain.ops.token_order import TokenOrder, sum_rows
+from aotrain.ops.token_order import TokenOrder
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

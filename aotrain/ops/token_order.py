@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
-from aotrain.kernels import gather_rows
+from aotrain.kernels import gather_rows, sum_rows
 
 
 class TokenOrder(NamedTuple):
@@ -61,15 +61,6 @@ def combine_rows(y: torch.Tensor, weights: torch.Tensor, order: TokenOrder) -> t
             f"{order.tokens.shape[0]} rows and weights {tuple(order.slots.shape)}."
         )
     return cast(torch.Tensor, _CombineRows.apply(y, weights, order.tokens, order.slots))
-
-
-def sum_rows(y: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
-    """`combine_rows` without a gradient; weights of 1 if none are given."""
-    total = torch.zeros(slots.shape[0], y.shape[1], dtype=torch.float32, device=y.device)
-    for choice in range(slots.shape[1]):
-        rows = gather_rows(y, slots[:, choice].contiguous()).float()
-        total += rows if weights is None else rows * weights[:, choice, None].float()
-    return total.to(y.dtype)
 
 
 class _ExpandRows(torch.autograd.Function):

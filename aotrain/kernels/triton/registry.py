@@ -21,7 +21,7 @@ from aotrain.formats import (
 )
 from aotrain.formats.scaling import Block
 from aotrain.kernels.adam import AdamScalars
-from aotrain.kernels.triton import _adam_launch, scaled_cast, scaled_cast_tiles, token_permute
+from aotrain.kernels.triton import _adam_launch, scaled_cast, scaled_cast_tiles, sum_rows, token_permute
 from aotrain.kernels.triton._adam_launch import FLOAT32_BLOCK, Class
 from aotrain.kernels.triton.adam import adam_kernel
 from aotrain.kernels.triton.kernel_variant import POINTER_OF_ELEMENT, KernelVariant
@@ -126,6 +126,24 @@ def token_permutation() -> Iterator[KernelVariant]:
         yield _gather_rows(dtype, columns)
 
 
+def sums_of_rows() -> Iterator[KernelVariant]:
+    """Outputs of 8 experts with weights, and gradients without."""
+    for dtype, top_k, weighted in (("bf16", 8, True), ("bf16", 8, False), ("fp32", 2, True)):
+        block_t, block_n = token_permute.select_tile(7168, 4)
+        constants = {"TOP_K": top_k, "WEIGHTED": weighted, "BLOCK_T": block_t, "BLOCK_N": block_n}
+        pointers = {"y_ptr": f"*{dtype}", "slots_ptr": "*i32", "weights_ptr": "*fp32", "out_ptr": f"*{dtype}"}
+        sizes = ("T", "N", "stride_y")
+        yield KernelVariant(
+            name="sum_rows",
+            variant=f"{dtype}-top{top_k}{'-weighted' * weighted}",
+            kernel=sum_rows._sum_rows_kernel,
+            signature=pointers | dict.fromkeys(sizes, "i32") | dict.fromkeys(constants, "constexpr"),
+            constants=constants,
+            aligned=(*pointers, *sizes),
+            num_warps=token_permute.NUM_WARPS,
+        )
+
+
 KERNELS: tuple[Callable[[], Iterator[KernelVariant]], ...] = (
     scaled_cast_rowwise,
     amax,
@@ -133,6 +151,7 @@ KERNELS: tuple[Callable[[], Iterator[KernelVariant]], ...] = (
     adam,
     *GROUPED_KERNELS,
     token_permutation,
+    sums_of_rows,
 )
 
 
