@@ -27,6 +27,7 @@ from benchmarks.case import Case
 from benchmarks.float8 import float8_cases
 from benchmarks.grouped import grouped_cases
 from benchmarks.optim import optim_cases
+from benchmarks.routing import routing_cases
 
 # The scalings of the recipes, from which each cast of their linear layers is made.
 CASTS: dict[str, Scaling] = {
@@ -101,4 +102,5 @@ BENCHMARKS: dict[str, Callable[[torch.device], Iterator[Case]]] = {
     "float8": float8_cases,
     "grouped": grouped_cases,
     "optim": optim_cases,
+    "routing": routing_cases,
 }

@@ -33,5 +33,6 @@ benchmark() { # name, repeats
 
 benchmark float8 20
 benchmark optim 30
+benchmark routing 20
 benchmark scaled_cast 20
 exit $failed

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from aotrain.recipes import RECIPES
-from benchmarks import float8, grouped, registry, run
+from benchmarks import float8, grouped, registry, routing, run
 from benchmarks.case import Case
 
 ORIGIN = ("hardware", "driver", "torch", "triton", "commit")
@@ -107,6 +107,14 @@ def test_float8_measures_our_recipes_beside_bfloat16(tmp_path, monkeypatch):
     names = [row["case"].removeprefix("float8-") for row in rows]
     assert names[:4] == ["bf16", "aotrain-tensorwise", "aotrain-rowwise", "aotrain-rowwise_with_gw_hp"]
     assert {row["shape"] for row in rows} == {"64x128x96"}
+
+
+def test_routing_is_measured_beside_torch(tmp_path, monkeypatch):
+    monkeypatch.setattr(routing, "CPU_SHAPES", ((32, 2, 64, 2, 4),))
+    assert run.main(["routing", "--out", str(tmp_path), "--repeats", "2"]) == 0
+    names = [row["case"].removeprefix("routing-") for row in csv.DictReader((tmp_path / "routing.csv").open())]
+    permuting = ["indices", "permute", "permute-torch", "permute-codes", "pack"]
+    assert names == [*permuting, "combine", "combine-torch"]
 
 
 def test_every_scaling_of_a_recipe_is_measured(small):
