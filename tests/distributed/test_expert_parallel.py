@@ -11,6 +11,7 @@ from aotrain.ops import PAYLOADS, Payload, dequantize_rows
 from aotrain.ops.quantized_all_to_all import MXFP8_ROWS
 from aotrain.testing import assert_bitwise_equal, sqnr
 from tests.distributed.ranks import run_ranks
+from tests.distributed.test_quantized_all_to_all import counted_bytes
 from tests.nn.moe_by_definition import COLUMNS, exact_case, expert_loop, random_case, reference
 
 NUM_EXPERTS = 8
@@ -84,6 +85,15 @@ def every_case(rank: int, world_size: int) -> list[str]:
         assert_bitwise_equal(got[0], want[0][tokens], what="padded")
         if payload == PAYLOADS["high_precision"]:
             assert_mine(rank, world_size, got, want)
+    # One collective for counts and one in each direction; of 70 columns 80 bytes, of 40 outputs 48, in MXFP8.
+    layer = ExpertParallel(num_experts=NUM_EXPERTS, group=group)
+    case = random_case(num_tokens, NUM_EXPERTS, dtype=torch.bfloat16)
+    sent = 2 * TOKENS[world_size][rank]
+    local = NUM_EXPERTS // world_size
+    received = sum(int(expert) // local == rank for expert in case[0][1].flatten())
+    with counted_bytes() as sizes:
+        run_layer(rank, world_size, case, layer)
+    assert sizes == [8 * NUM_EXPERTS, 80 * sent, 2 * 40 * received, 48 * sent, 2 * 70 * received]
     # Codes are those of the values.
     (x, ids, _), _ = random_case(num_tokens, NUM_EXPERTS, dtype=torch.bfloat16)
     tokens, _ = my_part(rank, world_size)
