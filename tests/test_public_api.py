@@ -47,6 +47,7 @@ PUBLIC = {
         "ScaledTensor",
         "Scaling",
         "blocked_size",
+        "data_key",
         "decode_elements",
         "dequantize",
         "dequantize_nvfp4",

@@ -25,7 +25,7 @@ from aotrain.formats.element import (
 from aotrain.formats.hadamard import hadamard_signs, hadamard_transform, inverse_hadamard_transform
 from aotrain.formats.nvfp4 import Nvfp4Tensor, dequantize_nvfp4, nvfp4_global_scale, quantize_nvfp4
 from aotrain.formats.packing import pack_float4, unpack_float4
-from aotrain.formats.random import philox_bits16, philox_u32
+from aotrain.formats.random import data_key, philox_bits16, philox_u32
 from aotrain.formats.rounding import round_nearest, round_stochastic
 from aotrain.formats.scale_layout import blocked_size, from_blocked, to_blocked
 from aotrain.formats.scaling import (
@@ -69,6 +69,7 @@ __all__ = [
     "ScaledTensor",
     "Scaling",
     "blocked_size",
+    "data_key",
     "decode_elements",
     "dequantize",
     "dequantize_nvfp4",

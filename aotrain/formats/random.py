@@ -13,13 +13,38 @@ _ROUND_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 _MASK32 = 0xFFFFFFFF
+_MASK64 = 0xFFFFFFFFFFFFFFFF
+# 2^64 over the golden ratio, an odd number: multiples of it differ in most bits.
+_SEED_MULTIPLIER = 0x9E3779B97F4A7C15
 
 
-def philox_u32(seed: int, counter: torch.Tensor) -> torch.Tensor:
+def data_key(seed: int, x: torch.Tensor) -> torch.Tensor:
+    """A Philox key that follows from a seed and the values of a tensor: int64 without dimensions.
+
+    The sum of the float32 bit patterns of all elements, as signed 32-bit integers in 64 bits, exclusive-or the low 64
+    bits of `seed * 0x9E3779B97F4A7C15`. A sum of integers does not depend on its order, nor on strides.
+
+    Noise with such a key needs no state: a repeated computation repeats its noise (activation checkpointing, a resumed
+    run), ranks with equal data draw equal noise and stay equal, ranks and steps with other data draw other noise.
+
+    Args:
+        seed: any integer.
+        x: float32, bfloat16 or float16, any shape.
+    """
+    return x.float().view(torch.int32).sum(dtype=torch.int64) ^ seed_word(seed)
+
+
+def seed_word(seed: int) -> int:
+    """The part of `data_key` that follows from the seed, a signed 64-bit integer."""
+    word = (seed * _SEED_MULTIPLIER) & _MASK64
+    return word - (1 << 64) if word >> 63 else word
+
+
+def philox_u32(seed: int | torch.Tensor, counter: torch.Tensor) -> torch.Tensor:
     """128 random bits per counter, as four words.
 
     Args:
-        seed: the 64-bit key.
+        seed: the 64-bit key, an integer or an int64 tensor that broadcasts to the counter.
         counter: int64 tensor of any shape, values >= 0; the low 64 bits of Philox's 128-bit counter.
 
     Returns:
@@ -36,14 +61,14 @@ def philox_u32(seed: int, counter: torch.Tensor) -> torch.Tensor:
     return torch.stack([c0, c1, c2, c3], dim=-1)
 
 
-def philox_bits16(seed: int, index: torch.Tensor) -> torch.Tensor:
+def philox_bits16(seed: int | torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """16 random bits per index, int64 in [0, 2^16): the noise that `round_stochastic` takes.
 
     Eight neighbours share one Philox call, which is what a kernel limited by memory bandwidth can afford: index i takes
     the low (i even) or high (i odd) half of word `i // 2 % 4` of counter `i // 8`.
 
     Args:
-        seed: the 64-bit key.
+        seed: the 64-bit key, an integer or an int64 tensor without dimensions.
         index: int64 tensor of any shape, values >= 0.
     """
     # Neighbouring indices are neighbours in the tensor as a rule: find each counter once.

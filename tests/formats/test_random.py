@@ -2,7 +2,7 @@
 
 import torch
 
-from aotrain.formats import philox_bits16, philox_u32
+from aotrain.formats import data_key, philox_bits16, philox_u32
 
 
 def test_known_answers():
@@ -31,3 +31,25 @@ def test_bits_are_uniform():
     assert draws.max() < 1 << 16
     # Mean of 65536 uniform draws: standard deviation 2^16 / sqrt(12 * 65536) = 73.9; five of them.
     assert abs(draws.mean() - (2**16 - 1) / 2) < 5 * 73.9
+
+
+def test_key_follows_from_seed_and_values_alone():
+    x = torch.randn(7, 33).bfloat16()
+    bits = x.float().numpy().view("int32").astype("int64").sum()
+    assert data_key(0, x).item() == bits
+    assert data_key(3, x).item() == bits ^ (
+        (3 * 0x9E3779B97F4A7C15) % 2**64 - 2**64 * (3 * 0x9E3779B97F4A7C15 >> 63 & 1)
+    )
+    for same in (x.float(), x.t(), x.flip(0), x.clone()):
+        assert data_key(3, same) == data_key(3, x)
+    assert data_key(3, x[:0]) == data_key(3, torch.zeros(2))
+    # A key as a tensor is the key as a number.
+    counters = torch.arange(24)
+    assert torch.equal(philox_bits16(data_key(3, x), counters), philox_bits16(int(data_key(3, x)), counters))
+
+
+def test_keys_of_streams_are_independent():
+    x = torch.randn(100)
+    draws = torch.stack([philox_bits16(data_key(seed, x), torch.arange(4096)) for seed in range(4)]).double()
+    correlation = torch.corrcoef(draws) - torch.eye(4)
+    assert correlation.abs().max() < 5 / 64  # five standard deviations of 1 / sqrt(4096)
