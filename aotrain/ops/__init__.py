@@ -19,6 +19,7 @@ from aotrain.ops.quantized_all_to_all import (
     dequantize_rows,
     permute_quantized,
 )
+from aotrain.ops.nvfp4_linear import Nvfp4Recipe, nvfp4_linear
 from aotrain.ops.scaled_linear import (
     OperandCasts,
     QuantizedWeight,
@@ -32,6 +33,7 @@ from aotrain.ops.scaled_linear import (
 
 __all__ = [
     "PAYLOADS",
+    "Nvfp4Recipe",
     "OperandCasts",
     "Payload",
     "QuantizedRows",
@@ -45,6 +47,7 @@ __all__ = [
     "check_save_for_backward",
     "dequantize_rows",
     "generate_permute_indices",
+    "nvfp4_linear",
     "pad_token_groups",
     "permute",
     "permute_and_pad",
