@@ -34,6 +34,7 @@ from aotrain.formats import (
 )
 from aotrain.formats.hadamard import HADAMARD_SIZE
 from aotrain.formats.scaling import Block
+from aotrain.kernels import _nvfp4_cpu
 from aotrain.kernels._library import LIBRARY
 
 # What the contracted dimension of an operand is padded to: 16 bytes of codes.
@@ -160,6 +161,29 @@ def _reference_operand(
     return pack_float4(q.data), to_blocked(scale) if blocked else scale, q.global_scale
 
 
+def _cpu(
+    x_hp: torch.Tensor,
+    block_rows: int,
+    as_is: bool,
+    transposed: bool,
+    signs: Sequence[int],
+    seed: int | None,
+    blocked: bool,
+) -> Outputs:
+    if x_hp.numel() == 0 or _nvfp4_cpu.library()[0] is None:
+        return _reference(x_hp, block_rows, as_is, transposed, signs, seed, blocked)
+    operands: list[torch.Tensor] = []
+    for stream, (wanted, x) in enumerate(((as_is, x_hp), (transposed, x_hp.t()))):
+        if not wanted:
+            operands += _left_out(x_hp)
+            continue
+        data, scale, global_scale = _allocate(x, *x.shape, blocked=False)
+        stream_seed = None if seed is None else 2 * seed + stream
+        _nvfp4_cpu.cast_operand(x, block_rows, signs if stream else (), stream_seed, (data, scale, global_scale))
+        operands += (data, to_blocked(scale) if blocked else scale, global_scale)
+    return tuple(operands)
+
+
 def _left_out(x_hp: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return (
         x_hp.new_empty(0, dtype=torch.uint8),
@@ -168,7 +192,9 @@ def _left_out(x_hp: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     )
 
 
-def _allocate(x_hp: torch.Tensor, rows: int, columns: int, blocked: bool) -> tuple[torch.Tensor, ...]:
+def _allocate(
+    x_hp: torch.Tensor, rows: int, columns: int, blocked: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Memory for an operand of `columns` unpadded columns; tiles of scales are zeros, since tails are never written."""
     padded = padded_columns(columns)
     if blocked:
@@ -199,4 +225,5 @@ def _fake(
 
 
 LIBRARY.impl("nvfp4_cast", _reference, "CompositeExplicitAutograd")
+LIBRARY.impl("nvfp4_cast", _cpu, "CPU")
 torch.library.register_fake("aotrain::nvfp4_cast", _fake, lib=LIBRARY)

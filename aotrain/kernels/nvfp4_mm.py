@@ -8,9 +8,10 @@ float32) with float32 sums and applies the two global scales to the result. No r
 
 import torch
 
-from aotrain.formats import FLOAT4_E2M1, decode_elements, from_blocked, unpack_float4
+from aotrain.formats import from_blocked
 from aotrain.kernels._library import LIBRARY
 from aotrain.kernels._mm_cpu import scale_product
+from aotrain.kernels._nvfp4_cpu import decode_operand
 from aotrain.kernels.nvfp4_cast import BLOCK_SIZE, Nvfp4Operand
 
 LIBRARY.define(
@@ -59,12 +60,9 @@ def _nvfp4_mm(
 
 def _decode(data: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """data * scale, exactly."""
-    rows, columns = data.shape[0], 2 * data.shape[1]
     if scale.dim() == 1:
-        scale = from_blocked(scale, rows, columns // BLOCK_SIZE)
-    values = decode_elements(unpack_float4(data, columns), dtype, FLOAT4_E2M1)
-    blocks = values.unflatten(1, (columns // BLOCK_SIZE, BLOCK_SIZE))
-    return (blocks * decode_elements(scale, dtype)[..., None]).flatten(1)
+        scale = from_blocked(scale, data.shape[0], 2 * data.shape[1] // BLOCK_SIZE)
+    return decode_operand(data, scale, dtype)
 
 
 def _fake(
