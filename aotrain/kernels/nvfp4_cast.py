@@ -35,6 +35,7 @@ from aotrain.formats import (
 from aotrain.formats.hadamard import HADAMARD_SIZE
 from aotrain.formats.scaling import Block
 from aotrain.kernels import _nvfp4_cpu
+from aotrain.kernels._dispatch import MIN_CAPABILITY, triton_problem, warn_slow
 from aotrain.kernels._library import LIBRARY
 
 # What the contracted dimension of an operand is padded to: 16 bytes of codes.
@@ -184,6 +185,32 @@ def _cpu(
     return tuple(operands)
 
 
+def _cuda(
+    x_hp: torch.Tensor,
+    block_rows: int,
+    as_is: bool,
+    transposed: bool,
+    signs: Sequence[int],
+    seed: int | None,
+    blocked: bool,
+) -> Outputs:
+    """The Triton kernels. Tests call it with CPU tensors under Triton's interpreter."""
+    reason = triton_problem(x_hp.device, MIN_CAPABILITY)
+    if reason is not None:
+        warn_slow("nvfp4_cast", reason)
+    if reason is not None or x_hp.numel() == 0:
+        return _reference(x_hp, block_rows, as_is, transposed, signs, seed, blocked)
+    from aotrain.kernels.triton.nvfp4_cast import cast_operands
+
+    rows, columns = x_hp.shape
+    operands = (
+        _allocate(x_hp, rows, columns, blocked) if as_is else None,
+        _allocate(x_hp, columns, rows, blocked) if transposed else None,
+    )
+    cast_operands(x_hp, block_rows, *operands, signs, seed)
+    return tuple(part for operand in operands for part in operand or _left_out(x_hp))
+
+
 def _left_out(x_hp: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return (
         x_hp.new_empty(0, dtype=torch.uint8),
@@ -226,4 +253,5 @@ def _fake(
 
 LIBRARY.impl("nvfp4_cast", _reference, "CompositeExplicitAutograd")
 LIBRARY.impl("nvfp4_cast", _cpu, "CPU")
+LIBRARY.impl("nvfp4_cast", _cuda, "CUDA")
 torch.library.register_fake("aotrain::nvfp4_cast", _fake, lib=LIBRARY)

@@ -22,6 +22,7 @@ from aotrain.formats import (
 from aotrain.formats.scaling import Block
 from aotrain.kernels.adam import AdamScalars
 from aotrain.kernels.triton import _adam_launch, scaled_cast, scaled_cast_tiles, sum_rows, token_permute
+from aotrain.kernels.triton import _adam_launch, registry_nvfp4, scaled_cast, scaled_cast_tiles
 from aotrain.kernels.triton._adam_launch import FLOAT32_BLOCK, Class
 from aotrain.kernels.triton.adam import adam_kernel
 from aotrain.kernels.triton.kernel_variant import POINTER_OF_ELEMENT, KernelVariant
@@ -142,6 +143,10 @@ def sums_of_rows() -> Iterator[KernelVariant]:
             aligned=(*pointers, *sizes),
             num_warps=token_permute.NUM_WARPS,
         )
+def nvfp4_cast() -> Iterator[KernelVariant]:
+    """Measuring, and casting along and across the contiguous dimension."""
+    for fields in registry_nvfp4.variants():
+        yield KernelVariant(**fields)
 
 
 KERNELS: tuple[Callable[[], Iterator[KernelVariant]], ...] = (
@@ -152,6 +157,7 @@ KERNELS: tuple[Callable[[], Iterator[KernelVariant]], ...] = (
     *GROUPED_KERNELS,
     token_permutation,
     sums_of_rows,
+    nvfp4_cast,
 )
 
 
