@@ -21,11 +21,14 @@ def test_all_kernels_compile_without_spills(tmp_path):
     rows = list(csv.DictReader((tmp_path / "table.csv").open()))
     assert {row["arch"] for row in rows} == {"90", "100"}
     assert all(row["spill_bytes"] == "0" and int(row["registers"]) > 0 for row in rows)
-    casts = [row for row in rows if "cast" in row["kernel"] or "amax" in row["kernel"]]
+    nvfp4 = [row for row in rows if row["kernel"].startswith("nvfp4")]
+    casts = [row for row in rows if ("cast" in row["kernel"] or "amax" in row["kernel"]) and row not in nvfp4]
     # All loads and stores are vectors, and what a transposition exchanges are 16-bit elements; of a 32-bit x, codes.
     by_bytes = {row["variant"] for row in casts if int(row["byte_accesses"])}
     assert all(name.startswith("fp32") or name.endswith("ragged") for name in by_bytes), by_bytes
-    assert all(50 < int(row["instructions"]) < 2200 for row in rows)
+    assert all(50 < int(row["instructions"]) < 2200 for row in rows if row not in nvfp4)
+    # Sixteen rows at a time, with noise; scales are bytes, and cross to their rows as such.
+    assert all(50 < int(row["instructions"]) < 4000 and int(row["byte_accesses"]) <= 12 for row in nvfp4)
     recorded = ROOT / "benchmarks" / "results" / "aot_kernels.csv"
     names = {(row["kernel"], row["variant"], row["arch"]) for row in rows}
     assert names == {(row["kernel"], row["variant"], row["arch"]) for row in csv.DictReader(recorded.open())}, (
