@@ -66,6 +66,10 @@ class _Options:
     def weight_block(self) -> tuple[int, int]:
         return BLOCKWISE_16X16 if self.recipe.square_weight_blocks else BLOCKWISE_1X16
 
+    def tiles(self, x: torch.Tensor) -> bool:
+        """Whether scales are written as native products read them."""
+        return x.is_cuda and not self.emulate
+
     @property
     def grad_seed(self) -> int | None:
         return self.seed if self.recipe.stochastic_rounding else None
@@ -126,12 +130,14 @@ class _Nvfp4Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, options: _Options) -> torch.Tensor:
         keep_codes = options.save_for_backward == "quantized" and options.recipe.quantize_grad_weight
+        tiles = options.tiles(x)
         x_t = None
         if ctx.needs_input_grad[1] and keep_codes:
-            x_q, x_t = nvfp4_cast_both(x, signs=options.signs)
+            x_q, x_t = nvfp4_cast_both(x, signs=options.signs, blocked=tiles)
         else:
-            x_q = nvfp4_cast(x)
-        y = _product(x_q, nvfp4_cast(weight, block=options.weight_block), x.dtype, options)
+            x_q = nvfp4_cast(x, blocked=tiles)
+        w_q = nvfp4_cast(weight, block=options.weight_block, blocked=tiles)
+        y = _product(x_q, w_q, x.dtype, options)
         kept = (None,) if not ctx.needs_input_grad[1] else (x,) if x_t is None else x_t
         ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, *kept)
         ctx.options, ctx.dtypes = options, (x.dtype, weight.dtype)
@@ -147,10 +153,13 @@ class _Nvfp4Linear(torch.autograd.Function):
         grad_q, grad_t = _cast_gradient(grad, needs_input, quantize_grad_weight, options)
         grad_input = grad_weight = None
         if grad_q is not None:
-            w_t = nvfp4_cast(weight, block=options.weight_block, transposed=True)
+            w_t = nvfp4_cast(weight, block=options.weight_block, transposed=True, blocked=options.tiles(weight))
             grad_input = _product(grad_q, w_t, ctx.dtypes[0], options)
         if grad_t is not None:
-            x_t = Nvfp4Operand(*kept) if len(kept) > 1 else nvfp4_cast(kept[0], transposed=True, signs=options.signs)
+            if len(kept) > 1:
+                x_t = Nvfp4Operand(*kept)
+            else:
+                x_t = nvfp4_cast(kept[0], transposed=True, signs=options.signs, blocked=options.tiles(grad))
             grad_weight = _product(grad_t, x_t, ctx.dtypes[1], options)
         elif needs_weight:
             grad_weight = (grad.t() @ kept[0].to(grad.dtype)).to(ctx.dtypes[1])
@@ -161,12 +170,12 @@ def _cast_gradient(
     grad: torch.Tensor, as_is: bool, transposed: bool, options: _Options
 ) -> tuple[Nvfp4Operand | None, Nvfp4Operand | None]:
     """The gradient for grad_input and for grad_weight, each where it is wanted; its maxima from one read."""
-    signs, seed = options.signs, options.grad_seed
+    signs, seed, tiles = options.signs, options.grad_seed, options.tiles(grad)
     if as_is and transposed:
-        return nvfp4_cast_both(grad, signs=signs, seed=seed)
+        return nvfp4_cast_both(grad, signs=signs, seed=seed, blocked=tiles)
     return (
-        nvfp4_cast(grad, seed=seed) if as_is else None,
-        nvfp4_cast(grad, transposed=True, signs=signs, seed=seed) if transposed else None,
+        nvfp4_cast(grad, seed=seed, blocked=tiles) if as_is else None,
+        nvfp4_cast(grad, transposed=True, signs=signs, seed=seed, blocked=tiles) if transposed else None,
     )
 
 

@@ -1,7 +1,11 @@
 """The nvfp4_mm op against products of dequantized operands, and the exactness that its emulation rests on."""
 
+from importlib import import_module
+
 import pytest
 import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from aotrain.formats import (
     BLOCKWISE_1X16,
@@ -9,14 +13,18 @@ from aotrain.formats import (
     FLOAT4_E2M1,
     FLOAT8_E4M3,
     Nvfp4Tensor,
+    blocked_size,
     decode_elements,
     dequantize_nvfp4,
+    from_blocked,
     unpack_float4,
 )
-from aotrain.kernels.nvfp4_cast import Nvfp4Operand, nvfp4_cast
+from aotrain.kernels.nvfp4_cast import Nvfp4Operand, nvfp4_cast, padded_columns
 from aotrain.kernels.nvfp4_mm import nvfp4_mm
 from aotrain.testing import all_codes, assert_bitwise_equal, sqnr
 
+# The package's attribute of this name is the function.
+module = import_module("aotrain.kernels.nvfp4_mm")
 # Against the exact product of the same operands: float32 sums round (110 dB), results to 16 bits once or twice.
 SQNR_DB = {torch.float32: 110.0, torch.bfloat16: 50.0, torch.float16: 65.0}
 
@@ -88,6 +96,94 @@ def test_opcheck() -> None:
         )
     for part, copy in zip((*a, *b), before, strict=True):
         assert torch.equal(part.view(torch.uint8), copy.view(torch.uint8))
+
+
+def scaled_mm_by_its_documentation(a, b, scale_a, recipe_a, scale_b, recipe_b, swizzle_a, swizzle_b, output_dtype):
+    """What the arguments of torch.nn.functional.scaled_mm mean, in float64."""
+    kinds, orders = F.ScalingType, F.SwizzleType
+    assert recipe_a == recipe_b == [kinds.BlockWise1x16, kinds.TensorWise]
+    assert swizzle_a == swizzle_b == [orders.SWIZZLE_32_4_4, orders.NO_SWIZZLE]
+    operands = []
+    for data, (blocks, level) in ((a, scale_a), (b.t(), scale_b)):
+        rows, columns = data.shape[0], 2 * data.shape[1]
+        assert level.shape == (1,)
+        scale = from_blocked(blocks, rows, columns // 16)
+        q = Nvfp4Tensor(unpack_float4(data, columns), scale, level.view(1, 1), BLOCKWISE_1X16)
+        operands.append(dequantize_nvfp4(q).double())
+    assert b.shape[1] % 16 == 0
+    return (operands[0] @ operands[1].t()).to(output_dtype)
+
+
+@pytest.mark.parametrize("blocked", [False, True])
+@pytest.mark.parametrize("dtype", list(SQNR_DB), ids=str)
+def test_native_arguments_and_padding(dtype: torch.dtype, blocked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = nvfp4_cast(torch.randn(37, 100), blocked=blocked), nvfp4_cast(torch.randn(133, 100), blocked=blocked)
+    monkeypatch.setattr(F, "scaled_mm", scaled_mm_by_its_documentation)
+    got = module._native(*a, *b, dtype)
+    assert got.is_contiguous()
+    assert got.dtype == dtype
+    assert sqnr(nvfp4_mm(a, b, torch.float32), got) >= SQNR_DB[dtype] - 1
+
+
+@pytest.mark.parametrize("shape", [(37, 100, 65), (1, 1, 1), (128, 256, 384), (5, 33, 300)], ids=str)
+def test_torch_accepts_the_native_arguments(shape: tuple[int, int, int]) -> None:
+    m, k, n = shape
+    with FakeTensorMode():
+        a, b = (
+            Nvfp4Operand(
+                torch.empty(rows, padded_columns(k) // 2, dtype=torch.uint8, device="cuda"),
+                torch.empty(blocked_size(rows, padded_columns(k) // 16), dtype=torch.float8_e4m3fn, device="cuda"),
+                torch.empty(1, 1, device="cuda"),
+            )
+            for rows in (m, n)
+        )
+        for dtype in SQNR_DB:
+            got = module._native(*a, *b, dtype)
+            assert got.shape == (m, n)
+            assert got.dtype == dtype
+
+
+def wrong_order(*args, **kwargs) -> torch.Tensor:
+    return scaled_mm_by_its_documentation(*args, **kwargs).flip(0)
+
+
+def refuse(*args, **kwargs) -> torch.Tensor:
+    raise NotImplementedError("no such kernel\nat a place")
+
+
+@pytest.mark.parametrize(
+    ("scaled_mm", "problem"),
+    [(scaled_mm_by_its_documentation, None), (wrong_order, "wrong result"), (refuse, "no such kernel")],
+    ids=["right", "wrong", "refused"],
+)
+def test_the_probe_asks_for_a_known_answer(scaled_mm, problem: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(F, "scaled_mm", scaled_mm)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Some GPU")
+    monkeypatch.setattr(module.torch, "device", lambda *args: "cpu")
+    got = module._probe.__wrapped__(0)
+    assert got is None if problem is None else problem in got and "Some GPU" in got
+
+
+def test_the_probe_notices_every_mistaken_order_of_scales() -> None:
+    operand = module._probe_operand(40, torch.device("cpu"))
+    want = values(operand)
+    for other in (operand.scale.view(torch.uint8).flip(0), operand.scale.view(torch.uint8).flip(1)):
+        moved = operand._replace(scale=other.contiguous().view(torch.float8_e4m3fn))
+        assert (values(moved) - want).norm() > 0.1 * want.norm()
+    assert operand.scale.float().isfinite().all()
+    swapped = operand._replace(data=(operand.data >> 4) | (operand.data << 4))
+    assert (values(swapped) - want).norm() > 0.1 * want.norm()
+
+
+def test_no_cpu_is_native() -> None:
+    assert module.native_nvfp4_problem(torch.device("cpu")) == "cpu has no NVFP4 products"
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_emulated_product() -> None:
+    a, b = (nvfp4_cast(torch.randn(rows, 272, device="cuda"), blocked=True) for rows in (150, 300))
+    for dtype in SQNR_DB:
+        assert sqnr(nvfp4_mm(a, b, dtype, emulate=True), nvfp4_mm(a, b, dtype)) >= SQNR_DB[dtype] - 5
 
 
 def test_contracted_dimensions_must_agree() -> None:
