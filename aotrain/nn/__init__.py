@@ -14,8 +14,10 @@ from aotrain.nn.float8_config import (
 )
 from aotrain.nn.float8_linear import Float8Linear
 from aotrain.nn.fsdp_wrap import precompute_float8_dynamic_scale_for_fsdp
+from aotrain.nn.nvfp4_linear import NVFP4Linear, NVFP4TrainingConfig
 from aotrain.nn.plan import Plan, PlanRow, make_plan
 from aotrain.nn.report import Report, ReportRow, conversion_report
+from aotrain.nn.tail_filter import keep_tail_layers
 
 __all__ = [
     "CastConfig",
@@ -24,6 +26,8 @@ __all__ = [
     "Float8Linear",
     "Float8LinearConfig",
     "Float8LinearRecipeName",
+    "NVFP4Linear",
+    "NVFP4TrainingConfig",
     "Plan",
     "PlanRow",
     "Report",
@@ -33,6 +37,7 @@ __all__ = [
     "auto_filter_for_recipe",
     "conversion_report",
     "convert_to_float8_training",
+    "keep_tail_layers",
     "make_plan",
     "precompute_float8_dynamic_scale_for_fsdp",
     "save_products",
