@@ -28,8 +28,8 @@ class NVFP4TrainingConfig:
         ValueError: not 16 signs of 1 and -1, or an unknown `save_for_backward`.
     """
 
-    # 16 signs of 1 and -1 of the random Hadamard transform; None: those that follow from the seed. They must stay the
-    # same within a layer's backward, and the paper found no gain from changing them in a training.
+    # 16 signs of 1 and -1 of the random Hadamard transform; None: those that follow from the seed. The paper uses
+    # one vector for all layers and all of a training.
     rht_sign_vector: tuple[int, ...] | None = None
     # Of the signs and of the noise of stochastic rounding. Runs with equal seeds and equal data are equal bit for bit.
     seed: int = 0

@@ -15,6 +15,7 @@ _MAGNITUDE_MASK = tl.constexpr(0x7FFFFFFF)
 _EXPONENT_MASK = tl.constexpr(0x7F800000)
 _NAN_BITS = tl.constexpr(0x7FC00000)
 _ONE = tl.constexpr(127 << 23)
+_QUARTER = tl.constexpr(0.25)
 _SIX = tl.constexpr(0x40C00000)
 # Of e4m3: its smallest value 2^-9, its largest 448, and the binade of its smallest normal value.
 _E4M3_MIN, _E4M3_MAX, _E4M3_BINADE = tl.constexpr(118 << 23), tl.constexpr(0x43E00000), tl.constexpr(121 << 23)
@@ -124,7 +125,7 @@ def hadamard16(x0, x1, x2, x3, x4, x5, x6, x7, x8, x9, x10, x11, x12, x13, x14, 
     x0, x1, x2, x3, x4, x5, x6, x7, x8, x9, x10, x11, x12, x13, x14, x15 = _stage(
         x0, x1, x2, x3, x4, x5, x6, x7, x8, x9, x10, x11, x12, x13, x14, x15
     )
-    q: tl.constexpr = 0.25
+    q = _QUARTER
     x0, x1, x2, x3, x4, x5, x6, x7 = x0 * q, x1 * q, x2 * q, x3 * q, x4 * q, x5 * q, x6 * q, x7 * q
     x8, x9, x10, x11, x12, x13, x14, x15 = x8 * q, x9 * q, x10 * q, x11 * q, x12 * q, x13 * q, x14 * q, x15 * q
     return x0, x1, x2, x3, x4, x5, x6, x7, x8, x9, x10, x11, x12, x13, x14, x15

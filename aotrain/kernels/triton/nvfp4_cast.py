@@ -57,9 +57,8 @@ def _load_row(x_ptr, row, columns, M, K, stride_m, stride_k, SIGN: tl.constexpr,
 
 
 @triton.jit
-def _load_16_rows(x_ptr, row, columns, M, K, stride_m, stride_k, negative, TRANSFORM: tl.constexpr):
-    """Rows row..row + 15 as sixteen tensors, transformed if asked for."""
-    S: tl.constexpr = 0 if TRANSFORM else -16
+def _load_16_rows(x_ptr, row, columns, M, K, stride_m, stride_k, negative, S: tl.constexpr):
+    """Rows row..row + 15 as sixteen tensors; S is 0 if they are multiplied by signs, -16 if not."""
     x0 = _load_row(x_ptr, row, columns, M, K, stride_m, stride_k, S, negative)
     x1 = _load_row(x_ptr, row + 1, columns, M, K, stride_m, stride_k, S + 1, negative)
     x2 = _load_row(x_ptr, row + 2, columns, M, K, stride_m, stride_k, S + 2, negative)
@@ -126,7 +125,7 @@ def _nvfp4_measure_kernel(
     row = (first_row + 16 * tl.arange(0, BLOCK_G))[:, None]
     columns = (first_column + tl.arange(0, BLOCK_K))[None, :]
     x0, x1, x2, x3, x4, x5, x6, x7, x8, x9, x10, x11, x12, x13, x14, x15 = _load_16_rows(
-        x_ptr, row, columns, M, K, stride_m, stride_k, 0, False
+        x_ptr, row, columns, M, K, stride_m, stride_k, 0, -16
     )
     if PLAIN:
         largest = _largest_of_16(x0, x1, x2, x3, x4, x5, x6, x7, x8, x9, x10, x11, x12, x13, x14, x15)
@@ -140,7 +139,7 @@ def _nvfp4_measure_kernel(
     if TRANSFORM:
         # The same addresses: the compiler keeps or finds in the L1 cache what was loaded.
         x0, x1, x2, x3, x4, x5, x6, x7, x8, x9, x10, x11, x12, x13, x14, x15 = _load_16_rows(
-            x_ptr, row, columns, M, K, stride_m, stride_k, negative, True
+            x_ptr, row, columns, M, K, stride_m, stride_k, negative, 0
         )
         x0, x1, x2, x3, x4, x5, x6, x7, x8, x9, x10, x11, x12, x13, x14, x15 = hadamard16(
             x0, x1, x2, x3, x4, x5, x6, x7, x8, x9, x10, x11, x12, x13, x14, x15
@@ -270,7 +269,7 @@ def _nvfp4_across_kernel(
     groups = (first_group + tl.arange(0, BLOCK_G))[:, None]
     rows = (first_row + tl.arange(0, BLOCK_R))[None, :]
     x0, x1, x2, x3, x4, x5, x6, x7, x8, x9, x10, x11, x12, x13, x14, x15 = _load_16_rows(
-        x_ptr, groups * 16, rows, C, R, stride_c, stride_r, negative, TRANSFORM
+        x_ptr, groups * 16, rows, C, R, stride_c, stride_r, negative, 0 if TRANSFORM else -16
     )
     if TRANSFORM:
         x0, x1, x2, x3, x4, x5, x6, x7, x8, x9, x10, x11, x12, x13, x14, x15 = hadamard16(
