@@ -17,12 +17,7 @@
 #include "nvfp4_mm_portable.h"
 #undef AOTRAIN_ISA
 #pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,fma,prefer-vector-width=512")
-#define AOTRAIN_ISA avx512
-#include "nvfp4_mm_portable.h"
-#undef AOTRAIN_ISA
-#pragma GCC pop_options
+#include "nvfp4_mm_avx512.h"
 #endif
 
 namespace aotrain {
