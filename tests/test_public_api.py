@@ -147,6 +147,7 @@ PUBLIC = {
         "nvfp4_cast_both",
         "nvfp4_mm",
         "scaled_cast",
+        "scaled_cast_after",
         "scaled_cast_both",
         "scaled_mm",
         "sum_rows",

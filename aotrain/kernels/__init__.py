@@ -8,6 +8,7 @@ device, and, where there is one, a faster implementation for CUDA (Triton) or CP
 from aotrain.kernels.nvfp4_cast import Nvfp4Operand, nvfp4_cast, nvfp4_cast_both
 from aotrain.kernels.nvfp4_mm import nvfp4_mm
 from aotrain.kernels.scaled_cast import cast_kernel_gap, scaled_cast, scaled_cast_both
+from aotrain.kernels.scaled_cast_after import scaled_cast_after
 from aotrain.kernels.scaled_mm import float8_problem, native_scaled_mm_problem, scaled_mm
 from aotrain.kernels.sum_rows import sum_rows
 from aotrain.kernels.token_permute import RowPermutation, expert_major_permutation, gather_rows
@@ -24,6 +25,7 @@ __all__ = [
     "nvfp4_cast_both",
     "nvfp4_mm",
     "scaled_cast",
+    "scaled_cast_after",
     "scaled_cast_both",
     "scaled_mm",
     "sum_rows",

@@ -130,13 +130,16 @@ class Float8LinearConfig:
             where a layer is gathered twice per step (reshard_after_forward=True).
         pad_inner_dim: accepted for compatibility and always in effect: awkward shapes are padded where needed.
         emulate: bfloat16 arithmetic with float8 numerics, for hardware without float8. CPU always emulates.
-        force_recompute_fp8_weight_in_bwd: accepted for compatibility, no effect: backward casts are always recomputed.
+        force_recompute_fp8_weight_in_bwd: keep no codes of the weight from forward to backward: switches
+            cache_weight_casts off. Compiled graphs never keep them.
         round_scales_to_power_of_2: round inverse scales down to powers of two, which makes scaling exact.
-        save_for_backward: what a layer keeps of its input: "high_precision", the input itself, or "quantized", the
-            codes of the grad_weight product, half the bytes of bfloat16. The results are the same. Quantized pays where
-            the input has no other user; layers that share one (q, k and v) each keep codes of their own.
-        cache_weight_casts: keep a weight's codes between two optimizer steps in layers that run several times (gradient
-            accumulation, evaluation).
+        save_for_backward: what a layer keeps from forward to backward. The results are the same. "high_precision": its
+            input. "quantized": the codes of its input for the grad_weight product, half the bytes of bfloat16; pays
+            where the input has no other user. "recompute": its input and, whatever cache_weight_casts says, nothing
+            that was cast in forward, also where torch.compile would have kept the codes of the input instead of making
+            them again; for models that are short of memory, or whose inputs others keep anyway.
+        cache_weight_casts: keep a weight's codes, up to 2 bytes per element, between two optimizer steps in layers that
+            run several times (gradient accumulation, evaluation). No effect in compiled graphs.
 
     Raises:
         ValueError: operands of one product that cannot be combined, one operand cast to two dtypes, an unknown
@@ -171,6 +174,12 @@ class Float8LinearConfig:
         """The configuration of a named recipe; ValueError listing the valid names for an unknown one."""
         canonical = recipe_name(name.value if isinstance(name, Float8LinearRecipeName) else name)
         return _RECIPE_CONFIGS[canonical]
+
+    @property
+    def caches_weight_casts(self) -> bool:
+        """Whether codes of a weight outlive a forward: `cache_weight_casts`, if nothing that needs more says no."""
+        forced = self.force_recompute_fp8_weight_in_bwd or self.save_for_backward == "recompute"
+        return self.cache_weight_casts and not forced
 
     def to_recipe(self) -> LinearRecipe:
         """The `LinearRecipe` this configuration means."""

@@ -98,7 +98,7 @@ class Float8Linear(torch.nn.Linear):
             self.recipe, settings = config.to_recipe(), config
         self.emulate = settings.emulate if emulate is None else emulate
         self.save_for_backward = settings.save_for_backward
-        self.weight_casts = WeightCastCache() if settings.cache_weight_casts else cast_weight
+        self.weight_casts = WeightCastCache() if settings.caches_weight_casts else cast_weight
         self.tensor_parallel_scales = "whole"
         self.fsdp_planes = planes_of(self.recipe) if settings.enable_fsdp_float8_all_gather else None
 

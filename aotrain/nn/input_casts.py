@@ -59,8 +59,12 @@ class SharedInputCasts:
         scaling_t: Scaling | None,
         *,
         operand: Literal["input", "grad_output"],
+        after: torch.Tensor | None = None,
     ) -> tuple[ScaledTensor | None, ScaledTensor | None]:
-        """x [M, K] quantized by `scaling` and its transposition by `scaling_t`, each where it has one."""
+        """x [M, K] quantized by `scaling` and its transposition by `scaling_t`, each where it has one.
+
+        `after` is for compiled graphs, which share equal casts by themselves.
+        """
         source = self._source()
         if operand != "input" or torch._C._current_graph_task_id() != -1:
             _last.clear()

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from aotrain.formats import ScaledTensor, Scaling, dequantize
 from aotrain.formats.scaling import block_amax
-from aotrain.kernels import scaled_cast
+from aotrain.kernels import scaled_cast, scaled_cast_after
 from aotrain.nn.gathered_weight import GatheredWeight
 from aotrain.nn.shard_amax import Splits, all_reduce_over_splits
 from aotrain.ops import QuantizedWeight, scaled_linear, transpose_quantized
@@ -159,33 +159,40 @@ class _Casts:
         scaling_t: Scaling | None,
         *,
         operand: Literal["input", "grad_output"],
+        after: torch.Tensor | None = None,
     ) -> tuple[ScaledTensor | None, ScaledTensor | None]:
         """See `aotrain.ops.OperandCasts`."""
-        q = None if scaling is None else self._one(x, scaling, operand, transposed=False)
+        q = None if scaling is None else self._one(x, scaling, operand, after, transposed=False)
         if scaling_t is None:
             return q, None
         t = transpose_quantized(q) if q is not None and scaling == scaling_t else None
-        return q, self._one(x, scaling_t, operand, transposed=True) if t is None else t
+        return q, self._one(x, scaling_t, operand, after, transposed=True) if t is None else t
 
-    def _one(self, x: torch.Tensor, scaling: Scaling, operand: str, *, transposed: bool) -> ScaledTensor:
+    def _one(
+        self, x: torch.Tensor, scaling: Scaling, operand: str, after: torch.Tensor | None, *, transposed: bool
+    ) -> ScaledTensor:
         if operand == "input" and self.codes is not None and self.codes.scaling == scaling:
             found = transpose_quantized(self.codes) if transposed else self.codes
             assert found is not None
             return found
-        return _cast(x, scaling, self.input_splits if operand == "input" else self.grad_splits, transposed)
+        return _cast(x, scaling, self.input_splits if operand == "input" else self.grad_splits, transposed, after)
 
-    def weight(self, weight: torch.Tensor, scaling: Scaling, *, transposed: bool) -> ScaledTensor:
+    def weight(
+        self, weight: torch.Tensor, scaling: Scaling, *, transposed: bool, after: torch.Tensor | None = None
+    ) -> ScaledTensor:
         """See `aotrain.ops.WeightCasts`."""
         if isinstance(weight, QuantizedWeight):
             return weight.quantized(scaling, transposed=transposed)
-        return _cast(weight, scaling, self.weight_splits, transposed)
+        return _cast(weight, scaling, self.weight_splits, transposed, after)
 
 
-def _cast(x: torch.Tensor, scaling: Scaling, splits: Splits, transposed: bool) -> ScaledTensor:
+def _cast(
+    x: torch.Tensor, scaling: Scaling, splits: Splits, transposed: bool, after: torch.Tensor | None
+) -> ScaledTensor:
     if transposed:
         x, splits = x.t(), tuple((1 - dim, group) for dim, group in splits)
     if all(scaling.block[dim] != -1 for dim, _ in splits):
-        return scaled_cast(x, scaling)
+        return scaled_cast_after(x, scaling, after)
     (amax,) = all_reduce_over_splits([block_amax(x, scaling.block)], [scaling.block], splits)
     return scaled_cast(x, scaling, amax=amax)
 

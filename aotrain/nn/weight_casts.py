@@ -47,8 +47,10 @@ class WeightCastCache:
         self._used = False
         self._keeps = False
 
-    def __call__(self, weight: torch.Tensor, scaling: Scaling, *, transposed: bool) -> ScaledTensor:
-        """The weight [N, K], or its transposition [K, N], quantized."""
+    def __call__(
+        self, weight: torch.Tensor, scaling: Scaling, *, transposed: bool, after: torch.Tensor | None = None
+    ) -> ScaledTensor:
+        """The weight [N, K], or its transposition [K, N], quantized. `after` is for compiled graphs, which use none."""
         if _fully_shard_in_use() or weight.is_inference():
             # An unsharded parameter changes with neither a new version nor a new address, and a tensor of inference
             # mode has no version.

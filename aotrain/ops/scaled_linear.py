@@ -8,15 +8,22 @@ Each product quantizes its own two operands as its `GemmRecipe` says; a product 
 dtype. Where the gradient, or the input that is kept quantized, is needed both as it is and transposed, one
 `scaled_cast_both` reads it once for both.
 
-What is kept for backward is the choice of the caller, and changes no bit of the result:
+What is kept for backward is the choice of the caller, and changes no bit of the result. Eager, it is:
 
-| `save_for_backward` | of x, per element | casts made in backward |
-|---|---|---|
-| "high_precision" | x as it came: 2 bytes in bfloat16, shared with whoever else keeps x | gradient, weight, x |
-| "quantized" | its codes for grad_weight: 1 byte, and the scales | gradient, weight |
+| `save_for_backward` | of x, per element | of the weight, per element | casts made in backward |
+|---|---|---|---|
+| "high_precision" | x as it came: 2 bytes in bfloat16 | what `weight_casts` remembers | gradient, weight, x |
+| "quantized" | its codes for grad_weight: 1 byte, and the scales | what `weight_casts` remembers | gradient, weight |
+| "recompute" | x as it came: 2 bytes in bfloat16 | nothing | gradient, weight, x |
 
-The weight is the parameter itself and costs nothing. Nothing of x is kept for a weight without gradient, and x as it
-came for a recipe with grad_weight in high precision.
+x as it came is shared with whoever else keeps x. Nothing of x is kept for a weight without gradient, and x as it came
+for a recipe with grad_weight in high precision. The weight is saved as the parameter itself, which costs nothing.
+Beside it, `weight_casts` may remember codes, up to 2 bytes per element; "recompute" forgoes that, and is to be given
+one that remembers nothing, as `Float8Linear` does.
+
+Compiled, the codes of the weight are never kept: its cast in backward depends on the gradient. Of x, "high_precision"
+and "quantized" both leave the compiler to keep x or its codes, whichever it finds smaller; in "recompute" the cast of x
+depends on the gradient, too, and what is kept is x, or what the compiler can make x of again.
 """
 
 from dataclasses import dataclass
@@ -25,10 +32,10 @@ from typing import Any, Literal, Protocol, cast, runtime_checkable
 import torch
 
 from aotrain.formats import BLOCKWISE_128X128, TENSORWISE, ScaledTensor, Scaling
-from aotrain.kernels import scaled_cast, scaled_cast_both, scaled_mm
+from aotrain.kernels import scaled_cast, scaled_cast_after, scaled_cast_both, scaled_mm
 from aotrain.recipes import GemmRecipe, LinearRecipe
 
-SAVE_FOR_BACKWARD = ("high_precision", "quantized")
+SAVE_FOR_BACKWARD = ("high_precision", "quantized", "recompute")
 # Blocks that a transposition maps to themselves.
 _SYMMETRIC_BLOCKS = (TENSORWISE, BLOCKWISE_128X128)
 
@@ -36,8 +43,10 @@ _SYMMETRIC_BLOCKS = (TENSORWISE, BLOCKWISE_128X128)
 class WeightCasts(Protocol):
     """Where casts of a weight come from; a cache, for instance."""
 
-    def __call__(self, weight: torch.Tensor, scaling: Scaling, *, transposed: bool) -> ScaledTensor:
-        """The weight [N, K], or its transposition [K, N], quantized."""
+    def __call__(
+        self, weight: torch.Tensor, scaling: Scaling, *, transposed: bool, after: torch.Tensor | None = None
+    ) -> ScaledTensor:
+        """The weight [N, K], or its transposition [K, N], quantized; in a compiled graph no earlier than `after`."""
         ...
 
 
@@ -50,11 +59,13 @@ class QuantizedWeight(Protocol):
         ...
 
 
-def cast_weight(weight: torch.Tensor, scaling: Scaling, *, transposed: bool) -> ScaledTensor:
+def cast_weight(
+    weight: torch.Tensor, scaling: Scaling, *, transposed: bool, after: torch.Tensor | None = None
+) -> ScaledTensor:
     """`WeightCasts` that keeps nothing. A weight that comes quantized is asked for its codes."""
     if isinstance(weight, QuantizedWeight):
         return weight.quantized(scaling, transposed=transposed)
-    return scaled_cast(weight.t() if transposed else weight, scaling)
+    return _cast(weight.t() if transposed else weight, scaling, after)
 
 
 class OperandCasts(Protocol):
@@ -67,8 +78,12 @@ class OperandCasts(Protocol):
         scaling_t: Scaling | None,
         *,
         operand: Literal["input", "grad_output"],
+        after: torch.Tensor | None = None,
     ) -> tuple[ScaledTensor | None, ScaledTensor | None]:
-        """The operand x [M, K] or [M, N] by `scaling`, and its transposition by `scaling_t`, each where it has one."""
+        """The operand x [M, K] or [M, N] by `scaling`, and its transposition by `scaling_t`, each where it has one.
+
+        In a compiled graph no earlier than `after`.
+        """
         ...
 
 
@@ -78,14 +93,19 @@ def cast_operand(
     scaling_t: Scaling | None,
     *,
     operand: Literal["input", "grad_output"],
+    after: torch.Tensor | None = None,
 ) -> tuple[ScaledTensor | None, ScaledTensor | None]:
     """`OperandCasts` with scales of what is here; what is needed both ways is read once."""
-    if scaling is not None and scaling_t is not None:
+    if scaling is not None and scaling_t is not None and after is None:
         return scaled_cast_both(x, scaling, scaling_t)
     return (
-        None if scaling is None else scaled_cast(x, scaling),
-        None if scaling_t is None else scaled_cast(x.t(), scaling_t),
+        None if scaling is None else _cast(x, scaling, after),
+        None if scaling_t is None else _cast(x.t(), scaling_t, after),
     )
+
+
+def _cast(x: torch.Tensor, scaling: Scaling, after: torch.Tensor | None) -> ScaledTensor:
+    return scaled_cast(x, scaling) if after is None else scaled_cast_after(x, scaling, after)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +138,7 @@ def scaled_linear(
         bias: [N] or None; added in the output's dtype.
         recipe: formats of the three products.
         emulate: compute float8 products in bfloat16 arithmetic even on hardware that has float8. Always so on CPU.
-        save_for_backward: "high_precision" or "quantized"; see above.
+        save_for_backward: "high_precision", "quantized" or "recompute"; see above.
         weight_casts: gives the quantized weight, in forward and in backward.
         operand_casts: casts the input, in forward and in backward, and the gradient.
 
@@ -182,12 +202,14 @@ class _ScaledLinear(torch.autograd.Function):
             grad_weight_recipe.lhs if ctx.needs_input_grad[1] else None,
             operand="grad_output",
         )
+        # Eager, the casts below are made here in any case.
+        after = grad if torch.compiler.is_compiling() else None
         grad_input = grad_weight = None
         if ctx.needs_input_grad[0]:
             if grad_q is None or grad_input_recipe.rhs is None:
                 grad_input = (grad @ weight.to(grad.dtype)).to(ctx.dtypes[0])
             else:
-                w_q = options.weight_casts(weight, grad_input_recipe.rhs, transposed=True)
+                w_q = options.weight_casts(weight, grad_input_recipe.rhs, transposed=True, after=after)
                 grad_input = _product(grad_q, w_q, grad_input_recipe, ctx.dtypes[0], options)
         if ctx.needs_input_grad[1]:
             scaling = grad_weight_recipe.rhs
@@ -196,7 +218,8 @@ class _ScaledLinear(torch.autograd.Function):
             else:
                 x_t = None if x_scale is None else ScaledTensor(x, x_scale, scaling)
                 if x_t is None:
-                    _, x_t = options.operand_casts(x, None, scaling, operand="input")
+                    after = after if options.save_for_backward == "recompute" else None
+                    _, x_t = options.operand_casts(x, None, scaling, operand="input", after=after)
                 assert x_t is not None
                 grad_weight = _product(grad_t, x_t, grad_weight_recipe, ctx.dtypes[1], options)
         return grad_input, grad_weight, None

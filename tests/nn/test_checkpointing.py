@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from aotrain.nn import Float8LinearConfig, convert_to_float8_training
 from aotrain.nn.checkpointing import save_products
+from aotrain.ops.scaled_linear import SAVE_FOR_BACKWARD
 from aotrain.recipes import RECIPES
 from aotrain.testing import assert_bitwise_equal
 
@@ -71,7 +72,7 @@ class Gated(torch.nn.Module):
         return self.gate(x) * self.up(x)
 
 
-@pytest.mark.parametrize("save_for_backward", ["high_precision", "quantized"])
+@pytest.mark.parametrize("save_for_backward", SAVE_FOR_BACKWARD)
 @pytest.mark.parametrize("context_fn", [None, save_products()], ids=["full", "selective"])
 def test_layers_that_share_an_input_inside_and_outside_of_a_region(context_fn: Any, save_for_backward: str):
     torch.manual_seed(0)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from aotrain.nn import Float8LinearConfig, convert_to_float8_training
+from aotrain.ops.scaled_linear import SAVE_FOR_BACKWARD
 from aotrain.recipes import RECIPES
 from aotrain.testing import assert_bitwise_equal
 
@@ -35,7 +36,7 @@ def train(model: nn.Module, forward: object, steps: int = 4) -> list[torch.Tenso
     return losses
 
 
-@pytest.mark.parametrize("save_for_backward", ["high_precision", "quantized"])
+@pytest.mark.parametrize("save_for_backward", SAVE_FOR_BACKWARD)
 @pytest.mark.parametrize("name", RECIPES)
 def test_one_graph_for_all_steps_with_the_bits_of_eager(name: str, save_for_backward: str):
     torch.compiler.reset()

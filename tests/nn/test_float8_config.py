@@ -120,6 +120,16 @@ def test_compatibility_flags_are_accepted():
     assert config.to_recipe() == RECIPES["float8_tensorwise"]
 
 
+def test_what_keeps_codes_of_a_weight():
+    assert Float8LinearConfig().caches_weight_casts
+    for options in (
+        {"cache_weight_casts": False},
+        {"force_recompute_fp8_weight_in_bwd": True},
+        {"save_for_backward": "recompute"},
+    ):
+        assert not Float8LinearConfig(**options).caches_weight_casts
+
+
 def test_short_strings():
     assert CastConfig(target_dtype=torch.float8_e5m2).short_str() == "dyn_ten_e5m2"
     assert AXISWISE.short_str() == "dyn_axs_e4m3"
@@ -127,7 +137,9 @@ def test_short_strings():
 
 
 def test_unknown_choice_of_what_to_keep():
-    with pytest.raises(ValueError, match="save_for_backward got 'low'; want one of 'high_precision', 'quantized'"):
+    with pytest.raises(
+        ValueError, match="save_for_backward got 'low'; want one of 'high_precision', 'quantized', 'recompute'"
+    ):
         Float8LinearConfig(save_for_backward="low")
 
 

@@ -8,6 +8,7 @@ import torch
 from aotrain.formats import ScaledTensor, Scaling
 from aotrain.nn.linear_work import Cast, linear_casts, linear_gemms
 from aotrain.ops import scaled_linear
+from aotrain.ops.scaled_linear import SAVE_FOR_BACKWARD
 from aotrain.recipes import RECIPES
 
 module = importlib.import_module("aotrain.ops.scaled_linear")
@@ -37,7 +38,7 @@ class Recorder:
         return self._real["scaled_cast_both"](x, scaling, scaling_t)
 
 
-@pytest.mark.parametrize("save_for_backward", ["high_precision", "quantized"])
+@pytest.mark.parametrize("save_for_backward", SAVE_FOR_BACKWARD)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_casts_and_products_are_those_of_scaled_linear(monkeypatch, recipe, save_for_backward):
     recorder = Recorder(monkeypatch)

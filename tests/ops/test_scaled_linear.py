@@ -183,8 +183,9 @@ def test_what_is_kept_for_backward_changes_no_bit(name: str, shape):
         x, w, grad = operands(*shape)
         y = scaled_linear(x, w, None, RECIPES[name], save_for_backward=mode)
         results.append((y, *torch.autograd.grad(y, (x, w), grad)))
-    for first, second in zip(*results, strict=True):
-        assert_bitwise_equal(first, second)
+    for other in results[1:]:
+        for first, second in zip(results[0], other, strict=True):
+            assert_bitwise_equal(first, second)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -195,17 +196,19 @@ def test_bytes_kept_for_backward(name: str):
         tensors = saved_tensors(lambda: scaled_linear(x, weight, None, RECIPES[name], save_for_backward=mode))
         return sum(t.numel() * t.element_size() for t in tensors if t.data_ptr() != weight.data_ptr())
 
-    assert kept_of_x("high_precision", w) == 2 * x.numel()
+    assert kept_of_x("high_precision", w) == kept_of_x("recompute", w) == 2 * x.numel()
     # Scales: at most 4 bytes per 128 elements. A high-precision product needs the input as it is.
     codes = RECIPES[name].grad_weight.quantized
     assert kept_of_x("quantized", w) <= (1.04 if codes else 2) * x.numel()
     assert kept_of_x("quantized", w.detach()) == 0
-    assert kept_of_x("high_precision", w.detach()) == 0
+    assert kept_of_x("high_precision", w.detach()) == kept_of_x("recompute", w.detach()) == 0
 
 
 def test_unknown_choice_of_what_to_keep():
     x, w, _ = operands(4, 32, 8)
-    with pytest.raises(ValueError, match="save_for_backward got 'fp8'; want one of 'high_precision', 'quantized'"):
+    with pytest.raises(
+        ValueError, match="save_for_backward got 'fp8'; want one of 'high_precision', 'quantized', 'recompute'"
+    ):
         scaled_linear(x, w, None, RECIPES["float8_rowwise"], save_for_backward="fp8")
 
 
@@ -221,12 +224,13 @@ def test_operands_that_both_products_need_are_read_once(monkeypatch):
     x, w, grad = operands(6, 32, 16)
     weights = [("scaled_cast", (16, 32)), ("scaled_cast", (32, 16))]  # as it is and transposed: nothing keeps its codes
     for recipe in ("float8_tensorwise", "float8_rowwise", "float8_blockwise", "int8_rowwise"):
-        for mode, of_x in (("quantized", "scaled_cast_both"), ("high_precision", "scaled_cast")):
+        kept = {"quantized": "scaled_cast_both", "high_precision": "scaled_cast", "recompute": "scaled_cast"}
+        for mode, of_x in kept.items():
             casts.clear()
             y = scaled_linear(x, w, None, RECIPES[recipe], save_for_backward=mode)
             torch.autograd.grad(y, (x, w), grad)
             expected = [(of_x, (6, 32)), weights[0], ("scaled_cast_both", (6, 16)), weights[1]]
-            assert casts == expected + ([("scaled_cast", (32, 6))] if mode == "high_precision" else [])
+            assert casts == expected + ([("scaled_cast", (32, 6))] if mode != "quantized" else [])
     # The gradient of one operand only needs the output's gradient one way.
     for needed in ((x, w.detach()), (x.detach(), w)):
         casts.clear()
