@@ -7,7 +7,7 @@ import torch
 from aotrain.nn.float8_config import Float8LinearConfig
 from aotrain.nn.fsdp_weight import fsdp_weight_of
 from aotrain.nn.fsdp_wrap import plain_tensor, wrap_weights
-from aotrain.nn.gathered_weight import GatheredWeight, Planes, planes_of
+from aotrain.nn.gathered_weight import Planes, planes_of, traced_cast_weight
 from aotrain.nn.input_casts import SharedInputCasts
 from aotrain.nn.weight_casts import WeightCastCache
 from aotrain.ops import WeightCasts, cast_operand, cast_weight, scaled_linear
@@ -68,12 +68,7 @@ class Float8Linear(torch.nn.Linear):
             from aotrain.nn.sharded_linear import sharded_linear
 
             return sharded_linear(self, input, scales=self.tensor_parallel_scales)
-        linear = scaled_linear
-        if isinstance(self.weight, GatheredWeight) and torch.compiler.is_compiling():
-            from aotrain.nn.uncompiled import uncompiled_scaled_linear
-
-            linear = uncompiled_scaled_linear
-        return linear(
+        return scaled_linear(
             input,
             self.weight,
             self.bias,
@@ -81,7 +76,7 @@ class Float8Linear(torch.nn.Linear):
             emulate=self.emulate,
             save_for_backward=self.save_for_backward,
             # A compiled graph does not look at versions of tensors; it finds equal casts by itself.
-            weight_casts=cast_weight if torch.compiler.is_compiling() else self.weight_casts,
+            weight_casts=traced_cast_weight if torch.compiler.is_compiling() else self.weight_casts,
             operand_casts=cast_operand if torch.compiler.is_compiling() else SharedInputCasts(input),
         )
 

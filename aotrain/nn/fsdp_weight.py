@@ -23,7 +23,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from aotrain.formats import ScaledTensor, Scaling
 from aotrain.formats.scaling import scales_from_amax
 from aotrain.kernels import scaled_cast
-from aotrain.nn.gathered_weight import GatheredPlane, GatheredWeight, Planes
+from aotrain.nn.gathered_plane import GatheredPlane
+from aotrain.nn.gathered_weight import GatheredWeight, Planes
 from aotrain.nn.shard_amax import Part, Splits, all_reduce_amax, all_reduce_over_splits, part_amax, scaling_of_part
 
 aten = torch.ops.aten

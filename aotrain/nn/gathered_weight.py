@@ -1,12 +1,11 @@
 """GatheredWeight: what a layer sees of its weight while FSDP2 has it gathered in float8 (or int8).
 
-It stands for the whole weight in the dtype of mixed precision, and holds codes and scales in their place. The two
-products of a layer that use the weight may need different codes, a *plane* each: one scale per row serves
-`output = x @ w.T`, one scale per column `grad_input = g @ w`. FSDP2 gathers the plane that is about to be used; a plane
-that is asked for and not there is gathered when asked for.
+It stands for the whole weight in the dtype of mixed precision, and holds codes and scales in their place; while a graph
+is traced, a handle to them (`aotrain.nn.gathered_plane`). The two products of a layer that use the weight may need
+different codes, a *plane* each: one scale per row serves `output = x @ w.T`, one scale per column `grad_input = g @ w`.
+FSDP2 gathers the plane that is about to be used; a plane that is asked for and not there is gathered when asked for.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +13,14 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from aotrain.formats import ScaledTensor, Scaling, dequantize
+from aotrain.nn.gathered_plane import GatheredPlane, gathered_codes
+from aotrain.ops import cast_weight
 from aotrain.recipes import LinearRecipe, transposed_scaling
 
 aten = torch.ops.aten
+
+# Of a GatheredWeight: dtype, device, scaling.
+_Context = tuple[torch.dtype, torch.device, Scaling]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,28 +51,6 @@ def planes_of(recipe: LinearRecipe) -> Planes:
     return Planes(recipe.output.rhs, transposed_scaling(recipe.grad_input.rhs))
 
 
-@dataclass(slots=True)
-class GatheredPlane:
-    """What was gathered, shared by all views of one GatheredWeight and replaced at each gather.
-
-    Attributes:
-        q: the codes and scales.
-        gather: gathers another plane; a collective that all ranks of the mesh must call.
-    """
-
-    q: ScaledTensor
-    gather: Callable[[Scaling], ScaledTensor]
-
-    def plane(self, scaling: Scaling) -> ScaledTensor:
-        """The codes and scales of a plane."""
-        if self.q.data.numel() and self.q.data.untyped_storage().size() == 0:
-            raise RuntimeError(
-                "a weight gathered by FSDP2 was used after FSDP2 had freed it; use it inside the forward or backward "
-                "of its module, or call module.unshard() first."
-            )
-        return self.q if scaling == self.q.scaling else self.gather(scaling)
-
-
 class GatheredWeight(torch.Tensor):
     """A whole weight [N, K] as quantized codes. Read-only; its gradient is an ordinary tensor of its dtype.
 
@@ -77,24 +59,51 @@ class GatheredWeight(torch.Tensor):
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # pyrefly: ignore[bad-override]
-    gathered: GatheredPlane
+    # None while a graph is traced, which knows the weight by its handle.
+    gathered: GatheredPlane | None
+    handle: torch.Tensor
+    # Of the values that operations see.
+    scaling: Scaling
 
     @staticmethod
     def __new__(cls, gathered: GatheredPlane, dtype: torch.dtype) -> "GatheredWeight":
         data = gathered.q.data
-        self = torch.Tensor._make_wrapper_subclass(cls, data.shape, dtype=dtype, device=data.device)
-        self.gathered = gathered
+        return cls._make(gathered.handle, gathered, data.shape, (dtype, data.device, gathered.q.scaling))
+
+    @classmethod
+    def _make(
+        cls, handle: torch.Tensor, gathered: GatheredPlane | None, shape: torch.Size, context: "_Context"
+    ) -> "GatheredWeight":
+        dtype, device, scaling = context
+        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        self.handle, self.gathered, self.scaling = handle, gathered, scaling
         return self
+
+    def __tensor_flatten__(self) -> tuple[list[str], "_Context"]:
+        return ["handle"], (self.dtype, self.device, self.scaling)
+
+    @staticmethod
+    def __tensor_unflatten__(
+        inner: dict[str, torch.Tensor], context: "_Context", outer_size: torch.Size, outer_stride: Any
+    ) -> "GatheredWeight":
+        return GatheredWeight._make(inner["handle"], None, outer_size, context)
+
+    def _stable_hash_for_caching(self) -> str:
+        # For torch's cache of compiled graphs: all that a graph may depend on, so not which weight this is.
+        names = self.scaling.element.name, self.scaling.scale.name, self.scaling.block, self.scaling.rounding
+        return repr((type(self).__name__, tuple(self.shape), self.dtype, self.device, self.requires_grad, names))
 
     def quantized(self, scaling: Scaling, *, transposed: bool) -> ScaledTensor:
         """The codes and scales that casting the weight [N, K], or its transposition, would give."""
+        if self.gathered is None:
+            return gathered_codes(self, scaling, transposed=transposed)
         if not transposed:
             return self.gathered.plane(scaling)
         q = self.gathered.plane(transposed_scaling(scaling))
         return ScaledTensor(q.data.t().contiguous(), q.scale.t().contiguous(), scaling)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
-        return f"GatheredWeight({tuple(self.shape)}, dtype={self.dtype}, {self.gathered.q.scaling})"
+        return f"GatheredWeight({tuple(self.shape)}, dtype={self.dtype}, {self.scaling})"
 
     @classmethod
     def __torch_dispatch__(  # pyrefly: ignore[bad-override]
@@ -102,7 +111,10 @@ class GatheredWeight(torch.Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         if func in _SAME or (func in _SAME_IF_SHAPE and tuple(args[1]) == tuple(args[0].shape)):
-            return GatheredWeight(args[0].gathered, args[0].dtype)
+            _, context = args[0].__tensor_flatten__()
+            return cls._make(args[0].handle, args[0].gathered, args[0].shape, context)
+        if func is torch.ops.aotrain.gathered_codes.default:
+            return func(args[0].handle, *args[1:])
         if func in _COMPUTE:
             raise RuntimeError(
                 f"{func} got a weight that FSDP2 has gathered in float8 for another layer's use; share (tie) weights "
@@ -118,6 +130,14 @@ class GatheredWeight(torch.Tensor):
         return func(*args, **kwargs)
 
 
+def traced_cast_weight(
+    weight: torch.Tensor, scaling: Scaling, *, transposed: bool, after: torch.Tensor | None = None
+) -> ScaledTensor:
+    """`aotrain.ops.cast_weight` where a graph is traced, which takes operations but not methods of a GatheredWeight."""
+    cast = gathered_codes if isinstance(weight, GatheredWeight) else cast_weight
+    return cast(weight, scaling, transposed=transposed, after=after)
+
+
 _SAME = {aten.detach.default, aten.alias.default}
 _COMPUTE = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.mv.default, aten.embedding.default}
 _SAME_IF_SHAPE = {aten.view.default, aten.as_strided.default}
@@ -125,4 +145,6 @@ _SAME_IF_SHAPE = {aten.view.default, aten.as_strided.default}
 
 def _dequantized(weight: GatheredWeight) -> torch.Tensor:
     gathered = weight.gathered
+    if gathered is None:
+        return dequantize(gathered_codes(weight, weight.scaling, transposed=False), weight.dtype)
     return dequantize(gathered.plane(gathered.q.scaling), weight.dtype)

@@ -24,9 +24,9 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from aotrain.formats import ScaledTensor, Scaling, dequantize
 from aotrain.formats.scaling import block_amax
 from aotrain.kernels import scaled_cast, scaled_cast_after
-from aotrain.nn.gathered_weight import GatheredWeight
+from aotrain.nn.gathered_weight import GatheredWeight, traced_cast_weight
 from aotrain.nn.shard_amax import Splits, all_reduce_over_splits
-from aotrain.ops import QuantizedWeight, scaled_linear, transpose_quantized
+from aotrain.ops import cast_weight, scaled_linear, transpose_quantized
 
 if TYPE_CHECKING:
     from aotrain.nn.float8_linear import Float8Linear
@@ -63,12 +63,7 @@ def sharded_linear(layer: "Float8Linear", input: torch.Tensor, *, scales: Scales
         _splits(weight, [each.output for each in layouts], input.ndim) if scales == "whole" else (),
         _splits(weight, weight.placements, weight.ndim) if scales == "whole" else (),
     )
-    linear = scaled_linear
-    if isinstance(w_local, GatheredWeight) and torch.compiler.is_compiling():
-        from aotrain.nn.uncompiled import uncompiled_scaled_linear
-
-        linear = uncompiled_scaled_linear
-    out = linear(
+    out = scaled_linear(
         x_local,
         w_local,
         None,
@@ -181,8 +176,9 @@ class _Casts:
         self, weight: torch.Tensor, scaling: Scaling, *, transposed: bool, after: torch.Tensor | None = None
     ) -> ScaledTensor:
         """See `aotrain.ops.WeightCasts`."""
-        if isinstance(weight, QuantizedWeight):
-            return weight.quantized(scaling, transposed=transposed)
+        if isinstance(weight, GatheredWeight):
+            cast = traced_cast_weight if torch.compiler.is_compiling() else cast_weight
+            return cast(weight, scaling, transposed=transposed, after=after)
         return _cast(weight, scaling, self.weight_splits, transposed, after)
 
 

@@ -155,11 +155,15 @@ def gathered_activations(rank: int, world_size: int) -> None:
         assert wire.gathered == [(dtype, part.numel() * dtype.itemsize)] * (1 if prepare else 2)
 
 
-def train_two_dimensional(recipe: str, gather: bool) -> list[torch.Tensor]:
+def train_two_dimensional(recipe: str, gather: bool, compiled: bool = False) -> list[torch.Tensor]:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     model = parallel(build(recipe, gather), mesh["tp"], sequence=True, prepare=False)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    for module in (model.gate, model.up, model.down, model):
+    if compiled:
+        torch._dynamo.reset()
+        model.compile(backend="aot_eager", fullgraph=True)
+    # Compiled, the model is one graph, inside of which FSDP2 has nothing to do.
+    for module in (model,) if compiled else (model.gate, model.up, model.down, model):
         fully_shard(module, mesh=mesh["dp"], mp_policy=policy)
     assert (fsdp_weight_of(model.gate.weight) is not None) == gather
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -177,9 +181,11 @@ def train_two_dimensional(recipe: str, gather: bool) -> list[torch.Tensor]:
 
 def two_dimensional(rank: int, world_size: int) -> None:
     for recipe in ("tensorwise", "rowwise", "blockwise"):
-        results = [train_two_dimensional(recipe, gather) for gather in (False, True)]
-        for number, (want, got) in enumerate(zip(*results, strict=True)):
-            assert_bitwise_equal(got, want, what=f"{recipe}, result {number}")
+        want = train_two_dimensional(recipe, gather=False)
+        for compiled in (False, True) if recipe == "rowwise" else (False,):
+            got = train_two_dimensional(recipe, gather=True, compiled=compiled)
+            for number, (a, b) in enumerate(zip(got, want, strict=True)):
+                assert_bitwise_equal(a, b, what=f"{recipe}, compiled {compiled}, result {number}")
 
 
 def test_misuse_is_explained():

@@ -56,7 +56,7 @@ class Precision(Section):
     # CPU runs always emulate.
     emulate: bool = False
     # True: FSDP gathers the converted layers' weights as codes, one byte per element instead of param_dtype's two, with
-    # the same losses bit for bit. Off by default because compiled blocks cannot contain it yet (training.compile).
+    # the same losses bit for bit.
     fsdp_float8_all_gather: bool = False
     # Format of gathered parameters and activations; master weights and reductions are always float32.
     param_dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -307,14 +307,8 @@ def _check(job: PretrainJob) -> Iterator[tuple[str, str]]:
         )
     if job.precision.emulate and job.precision.recipe is None:
         yield "precision.emulate", "is set but precision.recipe is null; name a recipe or remove it"
-    if job.precision.fsdp_float8_all_gather:
-        if job.precision.recipe is None:
-            yield "precision.fsdp_float8_all_gather", "is set but precision.recipe is null; name a recipe or remove it"
-        if job.training.compile:
-            yield (
-                "precision.fsdp_float8_all_gather",
-                "does not go with training.compile, whose graphs may not break at every layer; turn one of them off",
-            )
+    if job.precision.fsdp_float8_all_gather and job.precision.recipe is None:
+        yield "precision.fsdp_float8_all_gather", "is set but precision.recipe is null; name a recipe or remove it"
     if job.model.size == "debug" and job.tokenizer != "byte":
         yield "tokenizer", f"got {job.tokenizer!r}, but model.size debug has 320 tokens and fits only 'byte'"
     looks_local = job.tokenizer.startswith((".", "/", "~"))

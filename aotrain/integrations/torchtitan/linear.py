@@ -34,7 +34,7 @@ class Float8Linear(aotrain.nn.Float8Linear, Linear):
         """Round to float8 values but multiply in high precision."""
 
         fsdp_float8_all_gather: bool = False
-        """Let FSDP2 gather codes, one byte per element. Not with torch.compile."""
+        """Let FSDP2 gather codes, one byte per element."""
 
     def __init__(self, config: Config) -> None:
         # Not aotrain.nn.Float8Linear.__init__: its next in line is Linear.__init__, which takes a config.

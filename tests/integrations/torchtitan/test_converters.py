@@ -1,5 +1,6 @@
 """Float8 by converter and by override: the same layers, the same losses; reports and mistakes."""
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torchtitan.config.override import OverrideConfig, apply_overrides
 from torchtitan.models.common.linear import Linear
 
 import aotrain.nn
+from aotrain.integrations.torchtitan import build
 from aotrain.integrations.torchtitan.build import build_config
 from aotrain.integrations.torchtitan.converters import Float8Converter
 from aotrain.integrations.torchtitan.linear import Float8Linear, float8_linear_config
@@ -169,7 +171,8 @@ def test_state_precision_by_name(tiny_job, keys, patterns, bits):
     assert [group.optimizer_kwargs.get("bits") for group in config.param_groups] == bits
 
 
-def test_codes_are_gathered_by_a_run_that_asks_for_it(train, monkeypatch):
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_codes_are_gathered_by_a_run_that_asks_for_it(train, monkeypatch, compiled):
     gathered = []
     original = FsdpWeight.fsdp_pre_all_gather
 
@@ -179,6 +182,9 @@ def test_codes_are_gathered_by_a_run_that_asks_for_it(train, monkeypatch):
         return result
 
     monkeypatch.setattr(FsdpWeight, "fsdp_pre_all_gather", count)
-    train("precision.fsdp_float8_all_gather=true", "training.steps=1", config="llama3_debug_float8_rowwise_cpu")
+    # The trainer compiles with fullgraph=True; generating code takes most of the time and is not in question.
+    monkeypatch.setattr(build, "CompileConfig", functools.partial(build.CompileConfig, backend="aot_eager"))
+    options = ["precision.fsdp_float8_all_gather=true", f"training.compile={str(compiled).lower()}", "training.steps=1"]
+    train(*options, config="llama3_debug_float8_rowwise_cpu")
     assert {tuple(others) for _, *others in gathered} == {(torch.bfloat16, torch.uint8)}
     assert all(issubclass(module, Float8Linear) for module, *_ in gathered)

@@ -64,10 +64,6 @@ def test_optimizers_of_a_job_are_those_that_the_trainer_can_build(load):
             ["precision.fsdp_float8_all_gather=true"],
             "precision.fsdp_float8_all_gather: is set but precision.recipe is null",
         ),
-        (
-            ["precision.fsdp_float8_all_gather=true", "precision.recipe=rowwise", "training.compile=true"],
-            "precision.fsdp_float8_all_gather: does not go with training.compile",
-        ),
         (["precision.recipe=fp8"], "precision.recipe: got 'fp8' (str), want one of float8_tensorwise"),
         (["tokenizer=gpt2"], "tokenizer: got 'gpt2', but model.size debug has 320 tokens"),
         (["optimizer.bf16_stochastic_round=true"], "optimizer.bf16_stochastic_round: is not offered by adamw"),
