@@ -1,4 +1,7 @@
-"""Build the C++ kernels with the package; everything else is in pyproject.toml. Without a compiler: pure Python."""
+"""Build the C++ kernels with the package; everything else is in pyproject.toml. Without a compiler: pure Python.
+
+The sources of the CUDA kernels are only copied: `python -m aotrain._build` builds them.
+"""
 
 import importlib.util
 from pathlib import Path
@@ -28,9 +31,10 @@ class BuildWithKernels(build_py):
             script.build_all()
             return
         package = Path(self.build_lib) / "aotrain"
-        for source in sorted((ROOT / "csrc" / "cpu").iterdir()):
-            self.mkpath(str(package / "csrc" / "cpu"))
-            self.copy_file(str(source), str(package / "csrc" / "cpu" / source.name))
+        for source in sorted((ROOT / "csrc").glob("*/*")):
+            target = package / source.relative_to(ROOT)
+            self.mkpath(str(target.parent))
+            self.copy_file(str(source), str(target))
         for old in (package / "kernels" / "lib").glob("*.so"):
             old.unlink()
         script.build_all(package / "kernels" / "lib")

@@ -1,8 +1,11 @@
-"""Compile the C++ kernels: `python -m aotrain._build`.
+"""Compile the C++ and CUDA kernels: `python -m aotrain._build`.
 
-Each csrc/cpu/*.cpp becomes aotrain/kernels/lib/<name>-<hash>.so. The hash covers sources and command, so a library is
-never used with other sources than its own. A library that cannot be built costs speed, never an import: torch
-implementations take over. AOTRAIN_NO_NATIVE=1 disables building and loading.
+Each csrc/cpu/*.cpp and csrc/cuda/*.cu becomes aotrain/kernels/lib/<name>-<hash>.so. The hash covers sources and
+command, so a library is never used with other sources than its own. A library that cannot be built costs speed, never
+an import: torch implementations take over. AOTRAIN_NO_NATIVE=1 disables building and loading.
+
+Installing the package builds the C++ kernels. The CUDA kernels take longer than the rest of an installation (16 s of
+one core) and serve few machines, so only this command builds them, where there is an nvcc.
 
 Needs neither torch nor setuptools.
 """
@@ -17,11 +20,19 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
 # A wheel carries a copy inside the package; in a checkout they lie beside it.
-SOURCE_DIRS = (PACKAGE / "csrc" / "cpu", PACKAGE.parent / "csrc" / "cpu")
+SOURCE_DIRS = (PACKAGE / "csrc", PACKAGE.parent / "csrc")
 LIBRARY_DIR = PACKAGE / "kernels" / "lib"
 # No contraction: every operation rounds once, as in the torch reference. The sources choose instruction sets at run
 # time, so a library runs on any CPU of its architecture.
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=off", "-fno-math-errno")
+# Machine code for Hopper and for data-center Blackwell, whose 4-bit conversions only "a" code may use; the driver
+# compiles the virtual code for all other GPUs since Hopper. No contraction here either.
+CUDA_ARCHITECTURES = ("sm_90a", "sm_100a", "compute_90")
+CUDA_FLAGS = (
+    "-std=c++17", "-O3", "-shared", "-cudart=static", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden",
+    *(f"-gencode=arch={code.replace('sm', 'compute')},code={code}" for code in CUDA_ARCHITECTURES), "--threads=0",
+)  # fmt: skip
+_KINDS = {".cpp": "cpu", ".cu": "cuda"}
 _TIMEOUT_SECONDS = 300
 
 
@@ -34,17 +45,43 @@ def disabled() -> bool:
     return os.environ.get("AOTRAIN_NO_NATIVE", "") not in ("", "0")
 
 
-def sources() -> list[Path]:
-    """The .cpp files, one library each; empty when this installation has none."""
-    return next((found for folder in SOURCE_DIRS if (found := sorted(folder.glob("*.cpp")))), [])
+def sources(suffix: str = ".cpp") -> list[Path]:
+    """The .cpp or .cu files, one library each; empty when this installation has none."""
+    folders = (root / _KINDS[suffix] for root in SOURCE_DIRS)
+    return next((found for folder in folders if (found := sorted(folder.glob(f"*{suffix}")))), [])
 
 
 def library_path(source: Path, folder: Path = LIBRARY_DIR) -> Path:
     """Where the library of a source belongs."""
-    digest = hashlib.sha256(" ".join(FLAGS).encode())
-    for path in [source, *sorted(source.parent.glob("*.h"))]:
+    digest = hashlib.sha256(" ".join(_flags(source)).encode())
+    for path in [source, *sorted(source.parent.glob("*.h")), *sorted(source.parent.glob("*.cuh"))]:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return folder / f"{source.stem}-{digest.hexdigest()[:12]}.so"
+
+
+def find_nvcc() -> str | None:
+    """The CUDA compiler: NVCC, or the nvcc of CUDA_HOME, of PATH or of /usr/local/cuda."""
+    places = (os.environ.get("NVCC"), _join(os.environ.get("CUDA_HOME")), "nvcc", _join("/usr/local/cuda"))
+    return next((found for place in places if place and (found := shutil.which(place))), None)
+
+
+def _join(home: str | None) -> str | None:
+    return home and os.path.join(home, "bin", "nvcc")
+
+
+def _flags(source: Path) -> tuple[str, ...]:
+    return CUDA_FLAGS if source.suffix == ".cu" else FLAGS
+
+
+def _compiler(source: Path) -> list[str]:
+    if source.suffix == ".cu":
+        if (nvcc := find_nvcc()) is None:
+            raise BuildError("no CUDA compiler: nvcc is not in PATH (install the CUDA toolkit, or set NVCC)")
+        return [nvcc]
+    compiler = shlex.split(os.environ.get("CXX", "g++"))
+    if not compiler or shutil.which(compiler[0]) is None:
+        raise BuildError(f"no C++ compiler: {' '.join(compiler) or 'CXX'} is not in PATH (install g++, or set CXX)")
+    return compiler
 
 
 def build_library(source: Path, folder: Path = LIBRARY_DIR) -> Path:
@@ -56,13 +93,11 @@ def build_library(source: Path, folder: Path = LIBRARY_DIR) -> Path:
     target = library_path(source, folder)
     if target.exists():
         return target
-    compiler = shlex.split(os.environ.get("CXX", "g++"))
-    if not compiler or shutil.which(compiler[0]) is None:
-        raise BuildError(f"no C++ compiler: {' '.join(compiler) or 'CXX'} is not in PATH (install g++, or set CXX)")
+    compiler = _compiler(source)
     folder.mkdir(parents=True, exist_ok=True)
     # Under another name first: a process that loads while another builds sees the whole library or none.
     unfinished = target.with_suffix(f".{os.getpid()}.tmp")
-    command = [*compiler, *FLAGS, str(source), "-o", str(unfinished)]
+    command = [*compiler, *_flags(source), str(source), "-o", str(unfinished)]
     try:
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS)
         for old in folder.glob(f"{source.stem}-*.so"):
@@ -78,13 +113,13 @@ def build_library(source: Path, folder: Path = LIBRARY_DIR) -> Path:
     return target
 
 
-def build_all(folder: Path = LIBRARY_DIR) -> list[Path]:
+def build_all(folder: Path = LIBRARY_DIR, suffixes: tuple[str, ...] = (".cpp",)) -> list[Path]:
     """Build what can be built, and print what and why not; never raises."""
     if disabled():
         print("aotrain: AOTRAIN_NO_NATIVE is set, no native kernels are built")
         return []
     built = []
-    for source in sources():
+    for source in [source for suffix in suffixes for source in sources(suffix)]:
         try:
             built.append(build_library(source, folder))
             print(f"aotrain: {source.name} -> {built[-1]}")
@@ -93,5 +128,16 @@ def build_all(folder: Path = LIBRARY_DIR) -> list[Path]:
     return built
 
 
+def main() -> int:
+    """Build every kernel that this machine has a compiler for; returns the exit status."""
+    suffixes = [".cpp"]
+    if find_nvcc() is None:
+        print("aotrain: csrc/cuda skipped, there is no nvcc (install the CUDA toolkit, or set NVCC)")
+    else:
+        suffixes.append(".cu")
+    wanted = sum(len(sources(suffix)) for suffix in suffixes)
+    return 0 if len(build_all(suffixes=tuple(suffixes))) == wanted or disabled() else 1
+
+
 if __name__ == "__main__":
-    sys.exit(0 if disabled() or len(build_all()) == len(sources()) else 1)
+    sys.exit(main())
