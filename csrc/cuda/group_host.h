@@ -78,7 +78,7 @@ class Trace {
                 byte.reader = other(byte.reader) ? kSeveral : thread;
             byte.set |= write;
         }
-        if (!pending) log(access, thread, offset, size);
+        log(access, thread, offset, size);
     }
 
     void global_access(Access access, int thread, const uint8_t* p, int size, bool write) {

@@ -83,9 +83,8 @@ int aotrain_mx_cast_traced(const void* arguments, int reversed, Report* report) 
 int aotrain_mx_accesses() { return kAccesses; }
 
 void aotrain_mx_scale_bytes(const uint32_t* amax, int64_t n, int element, int rounding, uint8_t* bytes) {
-    with_element(element, [&](auto e) {
-        for (int64_t i = 0; i < n; i++) bytes[i] = static_cast<uint8_t>(scale_byte<decltype(e)>(amax[i], rounding));
-    });
+    const ScaleRule rule = scale_rule_of(element, rounding);
+    for (int64_t i = 0; i < n; i++) bytes[i] = static_cast<uint8_t>(scale_byte(amax[i], rule));
 }
 
 void aotrain_mx_inverses(const uint8_t* bytes, int64_t n, float* inverses) {

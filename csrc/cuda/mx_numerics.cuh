@@ -4,57 +4,22 @@
 // with -fmad=false (nvcc) or -ffp-contract=off, and without flushing of subnormals, the default of both.
 #pragma once
 
+#include "mx_formats.h"
 #include "portable.cuh"
 
 namespace aotrain::mx {
 
-enum Rounding : int32_t { kFloor, kCeil, kEven, kRceil };
-
-constexpr uint32_t kNanByte = 255, kInfinity = 0x7F800000, kMantissaMask = 0x7FFFFF, kTopMantissaBit = 0x400000;
-
-// `kMaxExponent`: that of kMax. `kMinExponent`: of the smallest normal value, biased as in float32. `kNanWord`: codes of
-// a block of NaNs; a format without NaN stores +0.
-struct E4m3 {
-    static constexpr int kBits = 8, kMantissa = 3;
-    static constexpr uint32_t kMaxExponent = 8, kMinExponent = 127 - 6, kNanWord = 0x7F7F7F7F;
-    static constexpr float kMax = 448.0f;
-};
-
-struct E5m2 {
-    static constexpr int kBits = 8, kMantissa = 2;
-    static constexpr uint32_t kMaxExponent = 15, kMinExponent = 127 - 14, kNanWord = 0x7F7F7F7F;
-    static constexpr float kMax = 57344.0f;
-};
-
-struct E2m1 {
-    static constexpr int kBits = 4, kMantissa = 1;
-    static constexpr uint32_t kMaxExponent = 2, kMinExponent = 127, kNanWord = 0;
-    static constexpr float kMax = 6.0f;
-};
-
-template <class E>
-constexpr int kCodesPerWord = 32 / E::kBits;
+constexpr uint32_t kNanByte = 255, kInfinity = 0x7F800000;
 
 // The scale byte of a block from the float32 bits of its largest magnitude, where NaN is above infinity.
-template <class E>
-AOTRAIN_DEVICE uint32_t scale_byte(uint32_t amax, int rounding) {
-    if (amax >= kInfinity) return kNanByte;
-    if (rounding == kRceil) {
-        constexpr float kInverseMax = 1.0f / E::kMax;
-        const uint32_t bits = bits_as<uint32_t>(bits_as<float>(amax) * kInverseMax), exponent = bits >> 23;
-        // The byte 0 means 2^-127, a subnormal, and serves all below it.
-        return exponent + ((bits & kMantissaMask) > (exponent == 0 ? kTopMantissaBit : 0));
-    }
-    const uint32_t bits = rounding == kEven ? amax + (kTopMantissaBit >> E::kMantissa) : amax;
-    const uint32_t exponent = (bits >> 23) + (rounding == kCeil && (bits & kMantissaMask) != 0);
-    return exponent > E::kMaxExponent ? exponent - E::kMaxExponent : 0;
+AOTRAIN_DEVICE uint32_t scale_byte(uint32_t amax, const ScaleRule& rule) {
+    const uint32_t bits = bits_as<uint32_t>(bits_as<float>(amax) * rule.factor);
+    const uint32_t exponent = (bits + (bits < 0x800000 ? rule.add_to_subnormal : rule.add)) >> 23;
+    return amax >= kInfinity ? kNanByte : exponent > rule.subtract ? exponent - rule.subtract : 0;
 }
 
-// 2^(127 - byte), the factor that quantization applies; NaN for a block of NaNs.
-AOTRAIN_DEVICE float inverse_of(uint32_t byte) {
-    const uint32_t finite = byte < 254 ? (254 - byte) << 23 : kTopMantissaBit;
-    return bits_as<float>(byte == kNanByte ? 0x7FC00000u : finite);
-}
+// 2^(127 - byte), the factor that quantization applies, for bytes up to 253: no finite amax has a larger one.
+AOTRAIN_DEVICE float inverse_of(uint32_t byte) { return bits_as<float>((254 - byte) << 23); }
 
 // The code of y, which is not NaN: to nearest even, saturating.
 //
@@ -73,23 +38,37 @@ AOTRAIN_DEVICE uint32_t code_of(float y) {
 #if defined(__CUDA_ARCH__)
 #if __CUDA_ARCH__ >= 890
 #define AOTRAIN_NATIVE_FLOAT8 1
-// Two codes in 16 bits, the first in the lower half; the instruction takes the upper one first.
-__device__ __forceinline__ uint32_t native_pair(float first, float second, E4m3) {
-    uint16_t pair;
-    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(second), "f"(first));
-    return pair;
+// The instruction takes the upper of two codes first.
+__device__ __forceinline__ uint32_t native_word(const float (&y)[4], E4m3) {
+    uint32_t word;
+    asm("{\n"
+        ".reg .b16 a, b;\n"
+        "cvt.rn.satfinite.e4m3x2.f32 a, %2, %1;\n"
+        "cvt.rn.satfinite.e4m3x2.f32 b, %4, %3;\n"
+        "mov.b32 %0, {a, b};\n"
+        "}"
+        : "=r"(word)
+        : "f"(y[0]), "f"(y[1]), "f"(y[2]), "f"(y[3]));
+    return word;
 }
 
-__device__ __forceinline__ uint32_t native_pair(float first, float second, E5m2) {
-    uint16_t pair;
-    asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(second), "f"(first));
-    return pair;
+__device__ __forceinline__ uint32_t native_word(const float (&y)[4], E5m2) {
+    uint32_t word;
+    asm("{\n"
+        ".reg .b16 a, b;\n"
+        "cvt.rn.satfinite.e5m2x2.f32 a, %2, %1;\n"
+        "cvt.rn.satfinite.e5m2x2.f32 b, %4, %3;\n"
+        "mov.b32 %0, {a, b};\n"
+        "}"
+        : "=r"(word)
+        : "f"(y[0]), "f"(y[1]), "f"(y[2]), "f"(y[3]));
+    return word;
 }
 #endif
 // 4-bit conversions are features of an architecture (sm_100a) or a family (sm_100f), absent from plain sm_100 code.
 #if __CUDA_ARCH__ >= 1000 && (defined(__CUDA_ARCH_SPECIFIC__) || defined(__CUDA_ARCH_FAMILY_SPECIFIC__))
 #define AOTRAIN_NATIVE_FLOAT4 1
-__device__ __forceinline__ uint32_t native_eight(const float (&y)[8]) {
+__device__ __forceinline__ uint32_t native_word(const float (&y)[8], E2m1) {
     uint32_t word;
     asm("{\n"
         ".reg .b8 a, b, c, d;\n"
@@ -110,14 +89,14 @@ __device__ __forceinline__ uint32_t native_eight(const float (&y)[8]) {
 //
 // For all values but NaN the GPU's instructions are code_of (PTX ISA, cvt): .rn is to nearest even, .satfinite makes
 // what lies beyond the largest value that value with its sign, subnormals are flushed neither in nor out, and zero keeps
-// its sign. What they make of a NaN does not matter: its block is overwritten with kNanWord (block_scale).
+// its sign. What they make of a NaN does not matter: in its block, all codes are kNanWord.
 template <class E>
 AOTRAIN_DEVICE uint32_t encode_word(const float (&y)[kCodesPerWord<E>]) {
 #if defined(AOTRAIN_NATIVE_FLOAT8)
-    if constexpr (E::kBits == 8) return native_pair(y[0], y[1], E{}) | native_pair(y[2], y[3], E{}) << 16;
+    if constexpr (E::kBits == 8) return native_word(y, E{});
 #endif
 #if defined(AOTRAIN_NATIVE_FLOAT4)
-    if constexpr (E::kBits == 4) return native_eight(y);
+    if constexpr (E::kBits == 4) return native_word(y, E{});
 #endif
     uint32_t word = 0;
     AOTRAIN_UNROLL
@@ -125,18 +104,11 @@ AOTRAIN_DEVICE uint32_t encode_word(const float (&y)[kCodesPerWord<E>]) {
     return word;
 }
 
-// What a block's elements have in common. Its codes are (encode_word(x * inverse) & keep) | fill.
-struct BlockScale {
-    uint32_t byte;
-    float inverse;
-    uint32_t keep, fill;
-};
-
+// `codes` unless the block is one of NaNs. No branch: the words of a block share the mask.
 template <class E>
-AOTRAIN_DEVICE BlockScale block_scale(uint32_t amax, int rounding) {
-    const uint32_t byte = scale_byte<E>(amax, rounding);
-    const bool nan = byte == kNanByte;
-    return {byte, inverse_of(byte), nan ? 0 : ~0u, nan ? E::kNanWord : 0};
+AOTRAIN_DEVICE uint32_t or_nan(uint32_t codes, uint32_t byte) {
+    const uint32_t nan = byte == kNanByte ? ~0u : 0;
+    return (codes & ~nan) | (E::kNanWord & nan);
 }
 
 // Three formats of x. A word holds kPerWord elements; the pattern of a magnitude, its bits in the input's format, has

@@ -3,10 +3,11 @@
 
 #include <cstdint>
 
+#include "mx_formats.h"
+
 namespace aotrain::mx {
 
 enum Input : int32_t { kFloat32Input, kBfloat16Input, kFloat16Input };
-enum Element : int32_t { kE4m3, kE5m2, kE2m1 };
 
 // A tile is as large as one tile of scales, 128 x 4 bytes (aotrain/formats/scale_layout.py), in both directions: each
 // group of threads writes scale tiles of its own, and the zeros that pad them.
@@ -35,8 +36,8 @@ struct Cast {
     const uint8_t* x;
     int64_t rows, columns, row_bytes, matrix_bytes;
     uint32_t row_tiles, column_tiles, tiles;
-    int32_t rounding;
-    bool blocked, vectors;
+    ScaleRule rule;
+    bool blocked, vectors, aligned;  // x can be read 16 bytes at a time; that, and all outputs be written so
     Output by_row, by_column;
 };
 
@@ -72,11 +73,12 @@ inline bool plan(const Arguments& a, Cast& c) {
     c.row_tiles = static_cast<uint32_t>(row_tiles);
     c.column_tiles = static_cast<uint32_t>(column_tiles);
     c.tiles = static_cast<uint32_t>(row_tiles * column_tiles * a.batch);
-    c.rounding = static_cast<int32_t>(a.rounding);
+    c.rule = scale_rule_of(a.element, a.rounding);
     c.blocked = a.blocked != 0;
     c.vectors = divisible(a.x, c.row_bytes, c.matrix_bytes);
     c.by_row = plan_output(a.codes, a.scale, a.rows, a.columns, a);
     c.by_column = plan_output(a.codes_t, a.scale_t, a.columns, a.rows, a);
+    c.aligned = c.vectors && (!a.codes || c.by_row.vectors) && (!a.codes_t || c.by_column.vectors);
     return true;
 }
 

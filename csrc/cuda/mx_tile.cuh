@@ -61,17 +61,20 @@ constexpr int kSharedBytes = kTileBytes<In> + 2 * kScaleTileBytes;  // x, later 
 struct Tile {
     int64_t batch, row, column;  // of its first element
     uint32_t row_tile, column_tile;
+    int rows, columns;  // that the matrix has of it
 };
+
+// How much of `size` lies before the end that is `left` away.
+template <typename T>
+AOTRAIN_DEVICE int within(T left, int size) {
+    return left >= size ? size : left > 0 ? static_cast<int>(left) : 0;
+}
 
 AOTRAIN_DEVICE Tile tile_of(const Cast& c, uint32_t index) {
     const uint32_t row_of_tiles = index / c.column_tiles, column_tile = index - row_of_tiles * c.column_tiles;
     const uint32_t batch = row_of_tiles / c.row_tiles, row_tile = row_of_tiles - batch * c.row_tiles;
-    return {batch, int64_t{row_tile} * kTile, int64_t{column_tile} * kTile, row_tile, column_tile};
-}
-
-// How much of `size` lies before the end that is `left` away.
-AOTRAIN_DEVICE int within(int64_t left, int size) {
-    return left >= size ? size : left > 0 ? static_cast<int>(left) : 0;
+    const int64_t row = int64_t{row_tile} * kTile, column = int64_t{column_tile} * kTile;
+    return {batch, row, column, row_tile, column_tile, within(c.rows - row, kTile), within(c.columns - column, kTile)};
 }
 
 // Where a chunk of x lies in shared memory. A quarter of a warp reads the k-th chunk of eight parts of a row at a time:
@@ -119,20 +122,21 @@ AOTRAIN_DEVICE void load_elements(Group& g, uint8_t* to, const uint8_t* from, in
     g.store(kTileWrite, to, words);
 }
 
-template <class In, class Group>
+template <class In, bool kFull, class Group>
 AOTRAIN_DEVICE void load_tile(const Cast& c, const Tile& t, Group& g, int thread) {
-    const uint8_t* corner = c.x + t.batch * c.matrix_bytes + t.row * c.row_bytes + t.column * kItem<In>;
-    const int rows = within(c.rows - t.row, kTile), row_bytes = within(c.columns - t.column, kTile) * kItem<In>;
+    constexpr int kRowsAtOnce = kThreads / kRowChunks<In>;
+    const int chunk = thread % kRowChunks<In>, first = thread / kRowChunks<In>;
+    const int row_bytes = within(t.columns * kItem<In> - chunk * kVector, kVector);
+    const uint8_t* from = c.x + t.batch * c.matrix_bytes + (t.row + first) * c.row_bytes + t.column * kItem<In>;
     AOTRAIN_UNROLL
-    for (int i = 0; i < kTile * kRowChunks<In> / kThreads; i++) {
-        const int index = i * kThreads + thread, row = index / kRowChunks<In>, chunk = index % kRowChunks<In>;
-        const int bytes = row < rows ? within(row_bytes - chunk * kVector, kVector) : 0;
-        const uint8_t* from = bytes > 0 ? corner + row * c.row_bytes + chunk * kVector : c.x;
+    for (int i = 0; i < kTile / kRowsAtOnce; i++) {
+        const int row = i * kRowsAtOnce + first, bytes = kFull ? kVector : row < t.rows ? row_bytes : 0;
         uint8_t* to = g.shared + tile_offset<In>(row, chunk);
-        if (c.vectors)
-            g.copy(kReadX, to, from, bytes);
+        if (kFull || c.vectors)
+            g.copy(kReadX, to, from + chunk * kVector, bytes);
         else
-            load_elements<In>(g, to, from, bytes);
+            load_elements<In>(g, to, from + chunk * kVector, bytes);
+        from += kRowsAtOnce * c.row_bytes;
     }
 }
 
@@ -161,29 +165,33 @@ AOTRAIN_DEVICE uint32_t read_row_part(Group& g, int thread, int pass, RowPart<In
     return larger(In::amax_bits(largest, 0), In::amax_bits(largest, In::kPerWord - 1));
 }
 
-template <class In, class E, class Group>
+template <class In, class E, bool kFull, class Group>
 AOTRAIN_DEVICE void cast_row_part(
     const Cast& c, const Tile& t, Group& g, int thread, int pass, const RowPart<In>& part, uint32_t amax
 ) {
     constexpr int kWords = kPartElements / kCodesPerWord<E>;
-    const BlockScale scale = block_scale<E>(amax, c.rounding);
+    const uint32_t byte = scale_byte(amax, c.rule);
+    const float inverse = inverse_of(byte);
     Words<kWords> codes;
     AOTRAIN_UNROLL
     for (int w = 0; w < kWords; w++) {
         float y[kCodesPerWord<E>];
         AOTRAIN_UNROLL
-        for (int i = 0; i < kCodesPerWord<E>; i++) y[i] = part.value(w * kCodesPerWord<E> + i) * scale.inverse;
-        codes.word[w] = (encode_word<E>(y) & scale.keep) | scale.fill;
+        for (int i = 0; i < kCodesPerWord<E>; i++) y[i] = part.value(w * kCodesPerWord<E> + i) * inverse;
+        codes.word[w] = or_nan<E>(encode_word<E>(y), byte);
     }
     const int row = pass * kRowsPerPass + thread / kPartsPerRow, index = thread % kPartsPerRow;
     if (index % 2 == 0)
-        g.store(kRowScaleWrite, g.shared + kTileBytes<In> + scale_offset(row, index / 2),
-                static_cast<uint8_t>(scale.byte));
+        g.store(kRowScaleWrite, g.shared + kTileBytes<In> + scale_offset(row, index / 2), static_cast<uint8_t>(byte));
     const int64_t column = t.column + index * kPartElements;
-    if (t.row + row >= c.rows || column >= c.columns) return;
-    const int bytes = (within(c.columns - column, kPartElements) * E::kBits + 7) / 8;
-    uint8_t* to = c.by_row.codes + t.batch * c.by_row.codes_matrix + (t.row + row) * c.by_row.codes_pitch;
-    store_part(g, kWriteRowCodes, to + column * E::kBits / 8, codes, bytes, c.by_row.vectors);
+    uint8_t* to = c.by_row.codes + t.batch * c.by_row.codes_matrix + (t.row + row) * c.by_row.codes_pitch +
+                  column * E::kBits / 8;
+    if constexpr (kFull) {
+        g.store(kWriteRowCodes, to, codes);
+        return;
+    }
+    const int bytes = (within(t.columns - index * kPartElements, kPartElements) * E::kBits + 7) / 8;
+    if (row < t.rows) store_part(g, kWriteRowCodes, to, codes, bytes, c.by_row.vectors);
 }
 
 // The codes of two columns of 32 rows.
@@ -209,17 +217,18 @@ AOTRAIN_DEVICE void cast_column_part(const Cast& c, Group& g, int thread, Column
     AOTRAIN_UNROLL
     for (int side = 0; side < 2; side++) {
         const int w = side / kLanes, lane = side % kLanes;
-        const BlockScale scale = block_scale<E>(In::amax_bits(largest.word[w], lane), c.rounding);
+        const uint32_t byte = scale_byte(In::amax_bits(largest.word[w], lane), c.rule);
+        const float inverse = inverse_of(byte);
         AOTRAIN_UNROLL
         for (int i = 0; i < kBlock / kCodesPerWord<E>; i++) {
             float y[kCodesPerWord<E>];
             AOTRAIN_UNROLL
             for (int k = 0; k < kCodesPerWord<E>; k++)
-                y[k] = In::value(x[i * kCodesPerWord<E> + k].word[w], lane) * scale.inverse;
-            codes.chunk[side][i / 4].word[i % 4] = (encode_word<E>(y) & scale.keep) | scale.fill;
+                y[k] = In::value(x[i * kCodesPerWord<E> + k].word[w], lane) * inverse;
+            codes.chunk[side][i / 4].word[i % 4] = or_nan<E>(encode_word<E>(y), byte);
         }
         g.store(kColumnScaleWrite, g.shared + kTileBytes<In> + kScaleTileBytes + scale_offset(column + side, block),
-                static_cast<uint8_t>(scale.byte));
+                static_cast<uint8_t>(byte));
     }
 }
 
@@ -235,48 +244,48 @@ AOTRAIN_DEVICE void stage_column_part(Group& g, int thread, const ColumnPart<E>&
     }
 }
 
-template <class E, class Group>
+template <class E, bool kFull, class Group>
 AOTRAIN_DEVICE void write_columns(const Cast& c, const Tile& t, Group& g, int thread) {
-    uint8_t* corner = c.by_column.codes + t.batch * c.by_column.codes_matrix + t.column * c.by_column.codes_pitch +
-                      t.row * E::kBits / 8;
-    const int columns = within(c.columns - t.column, kTile);
-    const int column_bytes = (within(c.rows - t.row, kTile) * E::kBits + 7) / 8;
+    constexpr int kColumnsAtOnce = kThreads / kCodeChunks<E>;
+    const int chunk = thread % kCodeChunks<E>, first = thread / kCodeChunks<E>;
+    const int bytes = within((t.rows * E::kBits + 7) / 8 - chunk * kVector, kVector);
+    uint8_t* to = c.by_column.codes + t.batch * c.by_column.codes_matrix +
+                  (t.column + first) * c.by_column.codes_pitch + t.row * E::kBits / 8 + chunk * kVector;
     AOTRAIN_UNROLL
-    for (int i = 0; i < kTile * kCodeChunks<E> / kThreads; i++) {
-        const int index = i * kThreads + thread, column = index / kCodeChunks<E>, chunk = index % kCodeChunks<E>;
-        const int bytes = within(column_bytes - chunk * kVector, kVector);
-        if (column >= columns || bytes == 0) continue;
+    for (int i = 0; i < kTile / kColumnsAtOnce; i++) {
+        const int column = i * kColumnsAtOnce + first;
         const auto codes = g.template load<Words<4>>(kCodesRead, g.shared + code_offset<E>(column, chunk));
-        uint8_t* to = corner + column * c.by_column.codes_pitch + chunk * kVector;
-        store_part(g, kWriteColumnCodes, to, codes, bytes, c.by_column.vectors);
+        if constexpr (kFull)
+            g.store(kWriteColumnCodes, to, codes);
+        else if (column < t.columns)
+            store_part(g, kWriteColumnCodes, to, codes, bytes, c.by_column.vectors);
+        to += kColumnsAtOnce * c.by_column.codes_pitch;
     }
 }
 
-// The scales of a tile, four of a row by each of 128 threads. `row`, `column` and their numbers of tiles are those of the
-// output: for the transpose, x's columns and rows.
+// The scales of a tile, four of a row by each of 128 threads. `row_tile`, `column_tile` and the numbers of rows and
+// columns in the tile are those of the output: for the transpose, x's columns and rows.
 template <class Group>
 AOTRAIN_DEVICE void write_scales(
-    const Cast& c, Group& g, int thread, const uint8_t* shared, const Output& out, int64_t batch, uint32_t row_tile,
-    uint32_t column_tile, int64_t rows, int64_t columns
+    const Cast& c, Group& g, int thread, const uint8_t* shared, const Output& out, int64_t batch, int64_t row_tile,
+    int64_t column_tile, int rows, int columns
 ) {
     uint8_t* to = out.scale + batch * out.scale_matrix;
     if (c.blocked) {
         const auto word = g.template load<Words<1>>(kScaleRead, shared + thread * 4);
-        g.store(kWriteScale, to + row_tile * out.scale_pitch + int64_t{column_tile} * kScaleTileBytes + thread * 4, word);
-        return;
+        g.store(kWriteScale, to + row_tile * out.scale_pitch + column_tile * kScaleTileBytes + thread * 4, word);
+    } else if (thread < rows) {
+        const auto word = g.template load<Words<1>>(kScaleRead, shared + scale_offset(thread, 0));
+        to += (row_tile * kTile + thread) * out.scale_pitch + column_tile * kBlocksPerTile;
+        const int bytes = (columns + kBlock - 1) / kBlock;
+        store_part(g, kWriteScale, to, word, bytes, reinterpret_cast<uintptr_t>(to) % 4 == 0);
     }
-    const int64_t row = int64_t{row_tile} * kTile + thread, left = columns - int64_t{column_tile} * kTile;
-    if (row >= rows) return;
-    const int bytes = (within(left, kTile) + kBlock - 1) / kBlock;
-    const auto word = g.template load<Words<1>>(kScaleRead, shared + scale_offset(thread, 0));
-    to += row * out.scale_pitch + int64_t{column_tile} * kBlocksPerTile;
-    store_part(g, kWriteScale, to, word, bytes, reinterpret_cast<uintptr_t>(to) % 4 == 0);
 }
 
-template <class In, class E, int kWays, class Group>
-AOTRAIN_DEVICE void cast_tile(const Cast& c, Group& g) {
-    const Tile t = tile_of(c, g.tile);
-    g.threads([&](int thread) { load_tile<In>(c, t, g, thread); });
+// `kFull`: the matrix has all of the tile, and everything is aligned.
+template <class In, class E, int kWays, bool kFull, class Group>
+AOTRAIN_DEVICE void cast_tile(const Cast& c, const Tile& t, Group& g) {
+    g.threads([&](int thread) { load_tile<In, kFull>(c, t, g, thread); });
     g.barrier();
     if constexpr ((kWays & kRows) != 0) {
         AOTRAIN_UNROLL
@@ -285,7 +294,9 @@ AOTRAIN_DEVICE void cast_tile(const Cast& c, Group& g) {
             typename Group::template Local<uint32_t> amax;
             g.threads([&](int thread) { amax[thread] = read_row_part<In>(g, thread, pass, part[thread]); });
             g.keep_larger_of_pairs(amax);
-            g.threads([&](int thread) { cast_row_part<In, E>(c, t, g, thread, pass, part[thread], amax[thread]); });
+            g.threads([&](int thread) {
+                cast_row_part<In, E, kFull>(c, t, g, thread, pass, part[thread], amax[thread]);
+            });
         }
     }
     if constexpr ((kWays & kColumns) != 0) {
@@ -296,15 +307,24 @@ AOTRAIN_DEVICE void cast_tile(const Cast& c, Group& g) {
     }
     g.barrier();
     g.threads([&](int thread) {
-        if constexpr ((kWays & kColumns) != 0) write_columns<E>(c, t, g, thread);
+        if constexpr ((kWays & kColumns) != 0) write_columns<E, kFull>(c, t, g, thread);
         const uint8_t* scales = g.shared + kTileBytes<In>;
         const int half = thread / kTile;
         if ((kWays & kRows) != 0 && half == 0)
-            write_scales(c, g, thread, scales, c.by_row, t.batch, t.row_tile, t.column_tile, c.rows, c.columns);
+            write_scales(c, g, thread, scales, c.by_row, t.batch, t.row_tile, t.column_tile, t.rows, t.columns);
         if ((kWays & kColumns) != 0 && half == 1)
             write_scales(c, g, thread - kTile, scales + kScaleTileBytes, c.by_column, t.batch, t.column_tile,
-                         t.row_tile, c.columns, c.rows);
+                         t.row_tile, t.columns, t.rows);
     });
+}
+
+template <class In, class E, int kWays, class Group>
+AOTRAIN_DEVICE void cast_tile(const Cast& c, Group& g) {
+    const Tile t = tile_of(c, g.tile);
+    if (c.aligned && t.rows == kTile && t.columns == kTile)
+        cast_tile<In, E, kWays, true>(c, t, g);
+    else
+        cast_tile<In, E, kWays, false>(c, t, g);
 }
 
 }  // namespace aotrain::mx
