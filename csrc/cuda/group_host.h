@@ -171,6 +171,7 @@ struct HostGroup {
     int64_t shared_bytes;
     uint32_t tile;
     bool reversed;  // the order in which threads run
+    bool barriers;  // false: as if there were none, to see that it is noticed
     Trace* trace;
     int thread = 0;
 
@@ -183,7 +184,8 @@ struct HostGroup {
         }
     }
     void barrier() {
-        if constexpr (kTraced) trace->start_interval();
+        if constexpr (kTraced)
+            if (barriers) trace->start_interval();
     }
     void keep_larger_of_pairs(Local<uint32_t>& local) {
         for (int i = 0; i < kThreads; i += 2) local[i] = local[i + 1] = larger(local[i], local[i + 1]);
@@ -206,9 +208,7 @@ struct HostGroup {
     }
     template <class T>
     void store(Access access, uint8_t* to, const T& value) {
-        if constexpr (kTraced) {
-            check(access, to, sizeof(T), true);
-        }
+        if constexpr (kTraced) check(access, to, sizeof(T), true);
         std::memcpy(to, &value, sizeof(T));
     }
 

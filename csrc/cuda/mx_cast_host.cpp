@@ -5,11 +5,16 @@
 namespace aotrain::mx {
 namespace {
 
+struct Order {
+    bool reversed, barriers;
+};
+
 template <class In, class E, int kWays, bool kTraced>
-void run(const Arguments& a, const Cast& c, bool reversed, Report* report) {
+void run(const Arguments& a, const Cast& c, Order order, Report* report) {
     // A NaN, of float32 and of both 16-bit formats: nothing may depend on what is not written.
     std::vector<Words<4>> shared(kSharedBytes<In> / kVector, {0x7FFF7FFF, 0x7FFF7FFF, 0x7FFF7FFF, 0x7FFF7FFF});
-    HostGroup<kTraced> group{reinterpret_cast<uint8_t*>(shared.data()), kSharedBytes<In>, 0, reversed, nullptr};
+    auto* const bytes = reinterpret_cast<uint8_t*>(shared.data());
+    HostGroup<kTraced> group{bytes, kSharedBytes<In>, 0, order.reversed, order.barriers, nullptr};
     if constexpr (kTraced) {
         *report = {};
         Trace trace(a, c, kSharedBytes<In>, *report);
@@ -26,32 +31,32 @@ void run(const Arguments& a, const Cast& c, bool reversed, Report* report) {
 }
 
 template <class In, class E, bool kTraced>
-void run_ways(const Arguments& a, const Cast& c, bool reversed, Report* report) {
+void run_ways(const Arguments& a, const Cast& c, Order order, Report* report) {
     if (a.codes_t == nullptr)
-        run<In, E, kRows, kTraced>(a, c, reversed, report);
+        run<In, E, kRows, kTraced>(a, c, order, report);
     else if (a.codes == nullptr)
-        run<In, E, kColumns, kTraced>(a, c, reversed, report);
+        run<In, E, kColumns, kTraced>(a, c, order, report);
     else
-        run<In, E, kBothWays, kTraced>(a, c, reversed, report);
+        run<In, E, kBothWays, kTraced>(a, c, order, report);
 }
 
 template <class In, bool kTraced>
-void run_element(const Arguments& a, const Cast& c, bool reversed, Report* report) {
-    if (a.element == kE4m3) return run_ways<In, E4m3, kTraced>(a, c, reversed, report);
-    if (a.element == kE5m2) return run_ways<In, E5m2, kTraced>(a, c, reversed, report);
-    run_ways<In, E2m1, kTraced>(a, c, reversed, report);
+void run_element(const Arguments& a, const Cast& c, Order order, Report* report) {
+    if (a.element == kE4m3) return run_ways<In, E4m3, kTraced>(a, c, order, report);
+    if (a.element == kE5m2) return run_ways<In, E5m2, kTraced>(a, c, order, report);
+    run_ways<In, E2m1, kTraced>(a, c, order, report);
 }
 
 template <bool kTraced>
-int cast(const Arguments& a, bool reversed, Report* report) {
+int cast(const Arguments& a, Order order, Report* report) {
     Cast c;
     if (!plan(a, c)) return 1;
     if (a.input == kFloat32Input)
-        run_element<Float32, kTraced>(a, c, reversed, report);
+        run_element<Float32, kTraced>(a, c, order, report);
     else if (a.input == kBfloat16Input)
-        run_element<Bfloat16, kTraced>(a, c, reversed, report);
+        run_element<Bfloat16, kTraced>(a, c, order, report);
     else
-        run_element<Float16, kTraced>(a, c, reversed, report);
+        run_element<Float16, kTraced>(a, c, order, report);
     return 0;
 }
 
@@ -71,13 +76,13 @@ extern "C" {
 
 // As in mx_cast.cu.
 int aotrain_mx_cast(const void* arguments, void*) {
-    return cast<false>(*static_cast<const Arguments*>(arguments), false, nullptr);
+    return cast<false>(*static_cast<const Arguments*>(arguments), {false, true}, nullptr);
 }
 
 const char* aotrain_mx_cast_error(int error) { return error ? "more tiles than a launch can have" : "no error"; }
 
-int aotrain_mx_cast_traced(const void* arguments, int reversed, Report* report) {
-    return cast<true>(*static_cast<const Arguments*>(arguments), reversed != 0, report);
+int aotrain_mx_cast_traced(const void* arguments, int reversed, int barriers, Report* report) {
+    return cast<true>(*static_cast<const Arguments*>(arguments), {reversed != 0, barriers != 0}, report);
 }
 
 int aotrain_mx_accesses() { return kAccesses; }

@@ -8,8 +8,8 @@ namespace aotrain::mx {
 enum Element : int32_t { kE4m3, kE5m2, kE2m1 };
 enum Rounding : int32_t { kFloor, kCeil, kEven, kRceil };
 
-// `kMaxExponent`: that of kMax. `kMinExponent`: of the smallest normal value, biased as in float32. `kNanWord`: codes of
-// a block of NaNs; a format without NaN stores +0.
+// `kMaxExponent`: that of kMax. `kMinExponent`: of the smallest normal value, biased as in float32. `kNanWord`: codes
+// of a block of NaNs; a format without NaN stores +0.
 struct E4m3 {
     static constexpr int kBits = 8, kMantissa = 3;
     static constexpr uint32_t kMaxExponent = 8, kMinExponent = 127 - 6, kNanWord = 0x7F7F7F7F;

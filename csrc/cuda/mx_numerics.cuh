@@ -88,8 +88,8 @@ __device__ __forceinline__ uint32_t native_word(const float (&y)[8], E2m1) {
 // A word of codes, the first in the lowest bits; no y is NaN.
 //
 // For all values but NaN the GPU's instructions are code_of (PTX ISA, cvt): .rn is to nearest even, .satfinite makes
-// what lies beyond the largest value that value with its sign, subnormals are flushed neither in nor out, and zero keeps
-// its sign. What they make of a NaN does not matter: in its block, all codes are kNanWord.
+// what lies beyond the largest value that value with its sign, subnormals are flushed neither in nor out, and zero
+// keeps its sign. What they make of a NaN does not matter: in its block, all codes are kNanWord.
 template <class E>
 AOTRAIN_DEVICE uint32_t encode_word(const float (&y)[kCodesPerWord<E>]) {
 #if defined(AOTRAIN_NATIVE_FLOAT8)
@@ -112,8 +112,8 @@ AOTRAIN_DEVICE uint32_t or_nan(uint32_t codes, uint32_t byte) {
 }
 
 // Three formats of x. A word holds kPerWord elements; the pattern of a magnitude, its bits in the input's format, has
-// the order of the magnitudes with NaN above infinity. `raise` keeps the larger patterns of two words, `amax_bits` makes
-// the pattern of lane k float32.
+// the order of the magnitudes with NaN above infinity. `raise` keeps the larger patterns of two words, `amax_bits`
+// makes the pattern of lane k float32.
 struct Float32 {
     static constexpr int kPerWord = 1;
     AOTRAIN_DEVICE static float value(uint32_t word, int) { return bits_as<float>(word); }

@@ -1,19 +1,20 @@
 // Cast one tile of 128 x 128 elements, in one read, along rows, along columns, or both: the body of the kernel.
 //
-// x is copied to shared memory. Along rows, eight threads take a row's 128 elements, 16 each, and two of them a block of
-// 32. Along columns, a thread takes 32 rows of two adjacent columns; the codes then go through shared memory, in place
-// of x, so that what a warp writes is contiguous: 128 bytes of each row of codes, in both directions. Scales of the tile
-// gather in shared memory as well, in the order of a scale tile.
+// x is copied to shared memory. Along rows, eight threads take a row's 128 elements, 16 each, and two of them a block
+// of 32. Along columns, a thread takes 32 rows of two adjacent columns; the codes then go through shared memory, in
+// place of x, so that what a warp writes is contiguous: 128 bytes of each row of codes, in both directions. Scales of
+// the tile gather in shared memory as well, in the order of a scale tile.
 //
-// A group of threads is a type, `Group`: on a GPU a thread runs its own part (mx_cast.cu); in tests a loop runs the parts
-// of all threads between two barriers (mx_cast_host.cpp), and checks every access. It has
+// A group of threads is a type, `Group`: on a GPU a thread runs its own part (mx_cast.cu); in tests a loop runs the
+// parts of all threads between two barriers (group_host.h), and checks every access. It has
 //   threads(f)                    f(thread) for each thread
 //   barrier()                     all that was loaded and stored before is done
 //   keep_larger_of_pairs(local)   each thread gets the larger value of threads 2i and 2i + 1
 //   Local<T>                      a variable per thread, local[thread]
 //   shared, tile                  the shared memory, and which tile to cast
-//   copy, load<T>, store          from global to shared memory, 16 bytes of which `bytes` are read and the others zeros,
-//                                 not before the next barrier; and from and to both. `Access` says which it is.
+//   load<T>, store                of global and shared memory; `Access` says which of the kernel's accesses it is
+//   copy                          16 bytes from global to shared memory, not there before the next barrier; the first
+//                                 `bytes` are read, the others are zeros
 #pragma once
 
 #include "mx_numerics.cuh"
