@@ -139,13 +139,20 @@ struct Bfloat16 {
 
 struct Float16 {
     static constexpr int kPerWord = 2;
-    // Exponents are 15 too small after a shift to float32's place, which a product with 2^112 mends, for subnormals
-    // too; infinities and NaNs, which it leaves finite, get float32's largest exponent.
     AOTRAIN_DEVICE static float value(uint32_t word, int k) {
-        const uint32_t half = k ? word >> 16 : word & 0xFFFF, magnitude = (half & 0x7FFF) << 13;
+        const uint32_t half = k ? word >> 16 : word & 0xFFFF;
+#if defined(__CUDA_ARCH__)
+        float value;  // exact, and NaN of a NaN
+        asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(static_cast<uint16_t>(half)));
+        return value;
+#else
+        // Exponents are 15 too small after a shift to float32's place, which a product with 2^112 mends, for subnormals
+        // too; infinities and NaNs, which it leaves finite, get float32's largest exponent.
+        const uint32_t magnitude = (half & 0x7FFF) << 13;
         const uint32_t scaled = bits_as<uint32_t>(bits_as<float>(magnitude) * 0x1p112f);
         const uint32_t special = magnitude >= 0x0F800000 ? kInfinity : 0;
         return bits_as<float>(scaled | special | (half & 0x8000) << 16);
+#endif
     }
     AOTRAIN_DEVICE static uint32_t raise(uint32_t largest, uint32_t word) { return raise_halves(largest, word); }
     AOTRAIN_DEVICE static uint32_t amax_bits(uint32_t word, int k) { return bits_as<uint32_t>(value(word, k)); }
