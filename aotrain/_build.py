@@ -60,13 +60,11 @@ def library_path(source: Path, folder: Path = LIBRARY_DIR) -> Path:
 
 
 def find_nvcc() -> str | None:
-    """The CUDA compiler: NVCC, or the nvcc of CUDA_HOME, of PATH or of /usr/local/cuda."""
-    places = (os.environ.get("NVCC"), _join(os.environ.get("CUDA_HOME")), "nvcc", _join("/usr/local/cuda"))
-    return next((found for place in places if place and (found := shutil.which(place))), None)
-
-
-def _join(home: str | None) -> str | None:
-    return home and os.path.join(home, "bin", "nvcc")
+    """The CUDA compiler: what NVCC names, or else the nvcc of CUDA_HOME, of PATH or of /usr/local/cuda."""
+    if named := os.environ.get("NVCC"):
+        return shutil.which(named)
+    homes = [os.path.join(home, "bin", "nvcc") for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
+    return next((found for place in (*homes[:-1], "nvcc", homes[-1]) if (found := shutil.which(place))), None)
 
 
 def _flags(source: Path) -> tuple[str, ...]:

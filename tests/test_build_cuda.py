@@ -65,6 +65,8 @@ def test_where_nvcc_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert _build.find_nvcc() in (None, "/usr/local/cuda/bin/nvcc")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     assert _build.find_nvcc() == str(tool)
+    monkeypatch.setenv("NVCC", "/nonexistent/nvcc")  # what a user names, or nothing
+    assert _build.find_nvcc() is None
 
 
 def test_without_nvcc_the_command_says_what_it_skips(sources: Path, monkeypatch: pytest.MonkeyPatch, capsys, tmp_path):
