@@ -4,7 +4,7 @@ Each csrc/cpu/*.cpp and csrc/cuda/*.cu becomes aotrain/kernels/lib/<name>-<hash>
 command, so a library is never used with other sources than its own. A library that cannot be built costs speed, never
 an import: torch implementations take over. AOTRAIN_NO_NATIVE=1 disables building and loading.
 
-Installing the package builds the C++ kernels. The CUDA kernels take longer than the rest of an installation (25 s of
+Installing the package builds the C++ kernels. The CUDA kernels take longer than the rest of an installation (30 s of
 one core) and serve few machines, so only this command builds them, where there is an nvcc.
 
 Needs neither torch nor setuptools.

@@ -67,7 +67,12 @@ def unsupported(x_hp: torch.Tensor, element: str, rounding: str) -> str | None:
 
 
 def mx_cast_cuda(
-    x_hp: torch.Tensor, element: str, rounding: str, *blocks: Block, blocked: bool
+    x_hp: torch.Tensor,
+    element: str,
+    rounding: str,
+    *blocks: Block,
+    blocked: bool,
+    group_ends: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """Cast a tensor without `problem` to MX, with one or two shapes of blocks in one read.
 
@@ -78,6 +83,10 @@ def mx_cast_cuda(
         rounding: of the scale, one of `formats.e8m0.E8M0_ROUNDINGS`.
         blocks: (1, 32), (32, 1), or both, in the order of the results.
         blocked: scales as tiles of 128 x 4, the padding zero, instead of row-major.
+        group_ends: int32 [groups] on x's device, for the gradient of expert weights: the rows of a matrix x in groups
+            that end there, each a multiple of 128, ascending. The blocked scales of (32, 1) are then those of each
+            group's transpose, one after the other, as a grouped product over rows reads them; data and the scales of
+            (1, 32) are as without. Scales of rows after the last group are not written.
 
     Returns:
         Data and scale per shape of blocks. (1, 32): data [..., rows, columns] in the element's dtype, e2m1 packed as
@@ -85,17 +94,22 @@ def mx_cast_cuda(
         [..., blocked_size] tiled. (32, 1): the same of the transpose, data [..., columns, rows].
 
     Raises:
-        ValueError: other blocks.
+        ValueError: other blocks, or groups of something else than a matrix with blocked scales.
         RuntimeError: the library is not there, or the launch failed.
     """
     if not blocks or len(set(blocks)) < len(blocks) or not {*blocks} <= {BLOCKWISE_1X32, BLOCKWISE_32X1}:
         raise ValueError(f"mx_cast_cuda got blocks {blocks}; want (1, 32), (32, 1), or both.")
+    if group_ends is not None and (x_hp.dim() != 2 or not blocked or group_ends.dtype != torch.int32):
+        raise ValueError(
+            f"mx_cast_cuda got {group_ends.dtype} group_ends, a tensor of {x_hp.dim()} dimensions, blocked={blocked}; "
+            "want int32 group_ends of a matrix, with blocked scales."
+        )
     found, reason = library()
     if found is None:
         raise RuntimeError(f"The CUDA kernel of MX casts cannot run: {reason}.")
     results = {block: _outputs(x_hp if block == BLOCKWISE_1X32 else x_hp.mT, element, blocked) for block in blocks}
     if x_hp.numel():
-        table, _kept = arguments(x_hp, element, rounding, results, blocked)
+        table, _kept = arguments(x_hp, element, rounding, results, blocked, group_ends)
         _launch(found, table, x_hp.device)
     return tuple(tensor for block in blocks for tensor in results[block])
 
@@ -116,8 +130,11 @@ def arguments(
     rounding: str,
     results: dict[Block, tuple[torch.Tensor, torch.Tensor]],
     blocked: bool,
-) -> tuple[array, torch.Tensor]:
-    """(the struct Arguments of csrc/cuda/mx_plan.h, the tensor that it points to, which must outlive it)."""
+    group_ends: torch.Tensor | None = None,
+) -> tuple[array, tuple[torch.Tensor | None, ...]]:
+    """(the struct Arguments of csrc/cuda/mx_plan.h, the tensors that it points to, which must outlive it)."""
+    if group_ends is not None:
+        x_hp, group_ends = x_hp.contiguous(), group_ends.contiguous()  # groups are of rows in memory
     x, transposed = _batch_of_matrices(x_hp, one_matrix=not blocked and BLOCKWISE_32X1 not in results)
     along_rows, along_columns = BLOCKWISE_1X32, BLOCKWISE_32X1
     if transposed:
@@ -128,7 +145,9 @@ def arguments(
     batch, rows, columns = x.shape
     strides = (x.stride(0) if batch > 1 else 0, x.stride(1) if rows > 1 else 0)
     kind = (INPUTS[x.dtype], ELEMENTS[element], ROUNDINGS[rounding], int(blocked), x.device.index or 0)
-    return array("q", (x.data_ptr(), *[*outputs, 0, 0][:4], batch, rows, columns, *strides, *kind)), x
+    groups = (0, 0) if group_ends is None else (group_ends.data_ptr(), group_ends.numel())
+    table = array("q", (x.data_ptr(), *[*outputs, 0, 0][:4], batch, rows, columns, *strides, *kind, *groups))
+    return table, (x, group_ends)
 
 
 def _batch_of_matrices(x: torch.Tensor, one_matrix: bool) -> tuple[torch.Tensor, bool]:

@@ -44,12 +44,13 @@ class Trace {
         const int64_t item = a.input == kFloat32Input ? 4 : 2;
         const int64_t last = (a.batch - 1) * a.batch_stride + (a.rows - 1) * a.row_stride + a.columns;
         ranges.push_back({static_cast<const uint8_t*>(a.x), last * item, {}});
+        ranges.push_back({reinterpret_cast<const uint8_t*>(a.group_ends), a.groups * 4, {}});
         for (const Output& out : {c.by_row, c.by_column}) {
             if (out.codes == nullptr) continue;
             ranges.push_back({out.codes, a.batch * out.codes_matrix, {}});
             ranges.push_back({out.scale, a.batch * out.scale_matrix, {}});
         }
-        for (size_t i = 1; i < ranges.size(); i++) ranges[i].written.resize(ranges[i].bytes);
+        for (size_t i = 2; i < ranges.size(); i++) ranges[i].written.resize(ranges[i].bytes);
     }
 
     void start_tile() {
@@ -99,7 +100,7 @@ class Trace {
             Traffic& t = report.traffic[access];
             int64_t moved = 0;
             for (const auto& lane : lanes) moved += lane.size;
-            const bool global = access == kReadX || access >= kWriteRowCodes;
+            const bool global = access <= kReadGroupEnds || access >= kWriteRowCodes;
             t.instructions++;
             t.bytes += moved;
             t.transactions += global ? sectors(lanes) : passes(lanes);

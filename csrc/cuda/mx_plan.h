@@ -22,10 +22,14 @@ struct Arguments {
     uint8_t *codes_t, *scale_t;  // blocks of 32 along a column: the transpose [batch, columns, rows]
     int64_t batch, rows, columns, batch_stride, row_stride;
     int64_t input, element, rounding, blocked, device;
+    // Rows of x in groups that end there, at multiples of kTile, or null: the blocked scales of columns are those of
+    // each group's transpose, one group after the other. Nothing is written for rows after the last group.
+    const int32_t* group_ends;
+    int64_t groups;
 };
 
-// One direction's output. Pitches are bytes from a row, or a matrix, to the next; `vectors`: rows of codes can be
-// written 16 bytes at a time.
+// One direction's output. Pitches are bytes from a row, or a matrix, to the next, that of scales for the row-major
+// order; `vectors`: rows of codes can be written 16 bytes at a time.
 struct Output {
     uint8_t *codes, *scale;
     int64_t codes_pitch, codes_matrix, scale_pitch, scale_matrix;
@@ -39,6 +43,8 @@ struct Cast {
     ScaleRule rule;
     bool blocked, vectors, aligned;  // x can be read 16 bytes at a time; that, and all outputs be written so
     Output by_row, by_column;
+    const int32_t* group_ends;
+    int32_t groups;
 };
 
 inline int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }
@@ -54,9 +60,9 @@ inline Output plan_output(uint8_t* codes, uint8_t* scale, int64_t rows, int64_t 
     out.codes_pitch = a.element == kE2m1 ? blocks(columns, 2) : columns;
     out.codes_matrix = rows * out.codes_pitch;
     out.vectors = divisible(codes, out.codes_pitch, out.codes_matrix);
-    // Of tiles: a row of tiles takes `scale_pitch`.
-    out.scale_pitch = a.blocked ? blocks(columns, kTile) * kScaleTileBytes : blocks(columns, kBlock);
-    out.scale_matrix = (a.blocked ? blocks(rows, kTile) : rows) * out.scale_pitch;
+    out.scale_pitch = blocks(columns, kBlock);
+    out.scale_matrix = rows * out.scale_pitch;
+    if (a.blocked) out.scale_matrix = blocks(rows, kTile) * blocks(columns, kTile) * kScaleTileBytes;
     return out;
 }
 
@@ -78,6 +84,8 @@ inline bool plan(const Arguments& a, Cast& c) {
     c.vectors = divisible(a.x, c.row_bytes, c.matrix_bytes);
     c.by_row = plan_output(a.codes, a.scale, a.rows, a.columns, a);
     c.by_column = plan_output(a.codes_t, a.scale_t, a.columns, a.rows, a);
+    c.group_ends = a.group_ends;
+    c.groups = static_cast<int32_t>(a.groups);
     c.aligned = c.vectors && (!a.codes || c.by_row.vectors) && (!a.codes_t || c.by_column.vectors);
     return true;
 }

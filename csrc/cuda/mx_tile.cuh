@@ -26,6 +26,7 @@ enum Ways : int { kRows = 1, kColumns = 2, kBothWays = 3 };
 
 enum Access : int {
     kReadX,
+    kReadGroupEnds,
     kTileWrite,
     kTileReadRow,
     kTileReadColumn,
@@ -264,29 +265,85 @@ AOTRAIN_DEVICE void write_columns(const Cast& c, const Tile& t, Group& g, int th
     }
 }
 
-// The scales of a tile, four of a row by each of 128 threads. `row_tile`, `column_tile` and the numbers of rows and
-// columns in the tile are those of the output: for the transpose, x's columns and rows.
+// The rows of tiles that the transpose of x, or of the group of its rows that a tile is in, has columns of scale tiles.
+struct ScaleColumns {
+    int64_t first, count;  // no count: the tile is in no group
+};
+
 template <class Group>
-AOTRAIN_DEVICE void write_scales(
-    const Cast& c, Group& g, int thread, const uint8_t* shared, const Output& out, int64_t batch, int64_t row_tile,
+AOTRAIN_DEVICE ScaleColumns scale_columns(const Cast& c, const Tile& t, Group& g) {
+    if (c.group_ends == nullptr) return {0, c.row_tiles};
+    const auto end = [&](int group) {
+        return g.template load<int32_t>(kReadGroupEnds, reinterpret_cast<const uint8_t*>(c.group_ends + group));
+    };
+    int low = 0, high = c.groups;  // around the first group that ends after the tile's first row
+    while (low < high) {
+        const int middle = (low + high) / 2;
+        if (end(middle) <= t.row)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    if (low == c.groups) return {0, 0};
+    const int64_t first = low > 0 ? end(low - 1) : 0;
+    return {first / kTile, (end(low) - first) / kTile};
+}
+
+// The scales of a tile, four of a row by each of 128 threads; row-major. `row_tile`, `column_tile` and the numbers of
+// rows and columns in the tile are those of the output: for the transpose, x's columns and rows.
+template <class Group>
+AOTRAIN_DEVICE void write_scale_rows(
+    Group& g, int thread, const uint8_t* shared, const Output& out, int64_t batch, int64_t row_tile,
     int64_t column_tile, int rows, int columns
 ) {
-    uint8_t* to = out.scale + batch * out.scale_matrix;
-    if (c.blocked) {
-        const auto word = g.template load<Words<1>>(kScaleRead, shared + thread * 4);
-        g.store(kWriteScale, to + row_tile * out.scale_pitch + column_tile * kScaleTileBytes + thread * 4, word);
-    } else if (thread < rows) {
-        const auto word = g.template load<Words<1>>(kScaleRead, shared + scale_offset(thread, 0));
-        to += (row_tile * kTile + thread) * out.scale_pitch + column_tile * kBlocksPerTile;
-        const int bytes = (columns + kBlock - 1) / kBlock;
-        store_part(g, kWriteScale, to, word, bytes, reinterpret_cast<uintptr_t>(to) % 4 == 0);
+    if (thread >= rows) return;
+    const auto word = g.template load<Words<1>>(kScaleRead, shared + scale_offset(thread, 0));
+    uint8_t* to = out.scale + batch * out.scale_matrix + (row_tile * kTile + thread) * out.scale_pitch +
+                  column_tile * kBlocksPerTile;
+    const int bytes = (columns + kBlock - 1) / kBlock;
+    store_part(g, kWriteScale, to, word, bytes, reinterpret_cast<uintptr_t>(to) % 4 == 0);
+}
+
+// The same as one of the output's scale tiles.
+template <class Group>
+AOTRAIN_DEVICE void write_scale_tile(
+    Group& g, int thread, const uint8_t* shared, const Output& out, int64_t batch, int64_t tile
+) {
+    const auto word = g.template load<Words<1>>(kScaleRead, shared + thread * 4);
+    g.store(kWriteScale, out.scale + batch * out.scale_matrix + tile * kScaleTileBytes + thread * 4, word);
+}
+
+template <int kWays, class Group>
+AOTRAIN_DEVICE void write_scales(
+    const Cast& c, const Tile& t, Group& g, int thread, const uint8_t* shared, const ScaleColumns& of_columns
+) {
+    const int index = thread % kTile;
+    if ((kWays & kRows) != 0 && thread < kTile) {
+        if (c.blocked)
+            write_scale_tile(g, index, shared, c.by_row, t.batch, int64_t{t.row_tile} * c.column_tiles + t.column_tile);
+        else
+            write_scale_rows(g, index, shared, c.by_row, t.batch, t.row_tile, t.column_tile, t.rows, t.columns);
+    }
+    if ((kWays & kColumns) != 0 && thread >= kTile) {
+        shared += kScaleTileBytes;
+        if (!c.blocked) {
+            write_scale_rows(g, index, shared, c.by_column, t.batch, t.column_tile, t.row_tile, t.columns, t.rows);
+        } else if (of_columns.count > 0) {
+            const int64_t row = t.column_tile, column = t.row_tile - of_columns.first;
+            const int64_t before = of_columns.first * c.column_tiles;  // tiles of the groups before
+            write_scale_tile(g, index, shared, c.by_column, t.batch, before + row * of_columns.count + column);
+        }
     }
 }
 
 // `kFull`: the matrix has all of the tile, and everything is aligned.
 template <class In, class E, int kWays, bool kFull, class Group>
 AOTRAIN_DEVICE void cast_tile(const Cast& c, const Tile& t, Group& g) {
-    g.threads([&](int thread) { load_tile<In, kFull>(c, t, g, thread); });
+    typename Group::template Local<ScaleColumns> of_columns;
+    g.threads([&](int thread) {
+        load_tile<In, kFull>(c, t, g, thread);
+        if constexpr ((kWays & kColumns) != 0) of_columns[thread] = scale_columns(c, t, g);
+    });
     g.barrier();
     if constexpr ((kWays & kRows) != 0) {
         AOTRAIN_UNROLL
@@ -309,13 +366,7 @@ AOTRAIN_DEVICE void cast_tile(const Cast& c, const Tile& t, Group& g) {
     g.barrier();
     g.threads([&](int thread) {
         if constexpr ((kWays & kColumns) != 0) write_columns<E, kFull>(c, t, g, thread);
-        const uint8_t* scales = g.shared + kTileBytes<In>;
-        const int half = thread / kTile;
-        if ((kWays & kRows) != 0 && half == 0)
-            write_scales(c, g, thread, scales, c.by_row, t.batch, t.row_tile, t.column_tile, t.rows, t.columns);
-        if ((kWays & kColumns) != 0 && half == 1)
-            write_scales(c, g, thread - kTile, scales + kScaleTileBytes, c.by_column, t.batch, t.column_tile,
-                         t.row_tile, t.columns, t.rows);
+        write_scales<kWays>(c, t, g, thread, g.shared + kTileBytes<In>, of_columns[thread]);
     });
 }
 

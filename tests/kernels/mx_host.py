@@ -16,8 +16,9 @@ BOTH = (_mx_cuda.BLOCKWISE_1X32, _mx_cuda.BLOCKWISE_32X1)
 _VIOLATIONS = ("races", "uninitialized", "outside", "misaligned", "rewritten", "unwritten")
 # Enum Access of csrc/cuda/mx_tile.cuh.
 ACCESSES = (
-    "read x", "tile write", "tile read row", "tile read column", "row scale write", "column scale write", "scale read",
-    "codes write", "codes read", "write row codes", "write column codes", "write scale",
+    "read x", "read group ends", "tile write", "tile read row", "tile read column", "row scale write",
+    "column scale write", "scale read", "codes write", "codes read", "write row codes", "write column codes",
+    "write scale",
 )  # fmt: skip
 
 
@@ -65,14 +66,21 @@ class Host:
         function(ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(x.numel()), *arguments)
 
     def traced(
-        self, x: torch.Tensor, element: str, blocks: tuple, blocked: bool, reverse: bool = False, barriers: bool = True
+        self,
+        x: torch.Tensor,
+        element: str,
+        blocks: tuple,
+        blocked: bool,
+        reverse: bool = False,
+        barriers: bool = True,
+        group_ends: torch.Tensor | None = None,
     ) -> tuple[dict[str, int], dict[str, Traffic], list[torch.Tensor]]:
         """(violations, traffic per access, results) of a cast with rceil scales."""
         results = {
             block: _mx_cuda._outputs(x if block == _mx_cuda.BLOCKWISE_1X32 else x.mT, element, blocked)
             for block in blocks
         }
-        table, _kept = _mx_cuda.arguments(x, element, "rceil", results, blocked)
+        table, _kept = _mx_cuda.arguments(x, element, "rceil", results, blocked, group_ends)
         report = (ctypes.c_int64 * (len(_VIOLATIONS) + 4 * len(ACCESSES)))()
         address = ctypes.c_void_p(table.buffer_info()[0])
         assert self.library.aotrain_mx_cast_traced(address, int(reverse), int(barriers), report) == 0

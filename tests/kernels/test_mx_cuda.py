@@ -1,6 +1,7 @@
 """The CUDA kernel of MX casts against the definition, bit for bit: its body compiled for this CPU, thread by thread."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -115,6 +116,43 @@ def test_experts_are_matrices_of_their_own(blocked: bool):
             assert_casts(x, element, "rceil", blocked, BOTH[:1])
 
 
+GROUP_ENDS = [[256], [128, 384, 512], [0, 128, 128, 128, 640, 640], [384, 384, 512, 640, 768, 768, 768]]
+
+
+@pytest.mark.usefixtures("on_host")
+@pytest.mark.parametrize("ends", GROUP_ENDS, ids=str)
+@pytest.mark.parametrize("element", ["float8_e4m3fn", "float4_e2m1fn"])
+def test_groups_of_rows_have_tiles_of_scales_of_their_own(element: str, ends: list[int]):
+    for columns, spare in ((64, 0), (300, 100)):  # rows after the last group
+        x = adversarial_matrix(ends[-1] + spare, columns)
+        for view in (x, x.t().contiguous().t()):
+            group_ends = torch.tensor(ends, dtype=torch.int32)
+            got = cuda.mx_cast_cuda(view, element, "rceil", *BOTH, blocked=True, group_ends=group_ends)
+            plain = cuda.mx_cast_cuda(view, element, "rceil", *BOTH, blocked=True)
+            for i in (0, 1, 2):
+                assert_bitwise_equal(got[i].view(torch.uint8), plain[i].view(torch.uint8))
+            assert got[3].shape == plain[3].shape
+            scale_t = definition(x.mT, element, "rceil", False)[1].view(torch.uint8)
+            tiles = [to_blocked(scale_t[:, a // 32 : b // 32]) for a, b in pairwise([0, *ends])]
+            want = torch.cat(tiles)
+            assert_bitwise_equal(got[3].view(torch.uint8)[: want.numel()], want)
+
+
+def test_groups_are_found_without_a_wrong_access(host: Host):
+    ends = torch.tensor([128, 128, 384], dtype=torch.int32)
+    x = adversarial_matrix(384, 160)
+    violations, traffic, _ = host.traced(x, "float8_e4m3fn", BOTH, True, group_ends=ends)
+    assert not any(violations.values()), violations
+    assert traffic["read group ends"].instructions > 0
+
+
+def test_groups_of_what_has_none_are_refused():
+    x, ends = torch.zeros(128, 32), torch.tensor([128], dtype=torch.int32)
+    for tensor, blocked, group_ends in ((x[None], True, ends), (x, False, ends), (x, True, ends.long())):
+        with pytest.raises(ValueError, match="want int32 group_ends of a matrix, with blocked scales"):
+            cuda.mx_cast_cuda(tensor, "float8_e4m3fn", "rceil", *BOTH, blocked=blocked, group_ends=group_ends)
+
+
 @pytest.mark.usefixtures("on_host")
 @pytest.mark.parametrize("shape", [(0, 64), (64, 0), (0, 3, 5), (2, 0, 5)], ids=str)
 def test_empty(shape: tuple[int, ...]):
@@ -150,6 +188,7 @@ def test_whole_sectors_and_no_bank_conflicts(host: Host, element: str, dtype: to
     """Global memory in whole 32-byte sectors, each once; shared memory without conflicts where it counts."""
     x = torch.randn(256, 384).to(dtype)
     _, traffic, results = host.traced(x, element, BOTH, True)
+    assert traffic.pop("read group ends").instructions == 0
     for name, t in traffic.items():
         conflicts = 4 if name == "column scale write" else 1  # a byte in 32 elements
         assert t.transactions == conflicts * t.least, name
@@ -197,7 +236,7 @@ def test_the_arguments_of_a_view_of_experts():
     pairs = {block: (torch.empty(1), torch.empty(1)) for block in BOTH}
     table, _kept = cuda.arguments(x, "float8_e5m2", "even", pairs, True)
     pointers = [tensor.data_ptr() for block in BOTH for tensor in pairs[block]]
-    assert list(table) == [x.data_ptr(), *pointers, 5, 40, 70, 4000, 100, 2, 1, 2, 1, 0]
+    assert list(table) == [x.data_ptr(), *pointers, 5, 40, 70, 4000, 100, 2, 1, 2, 1, 0, 0, 0]
 
 
 def test_an_error_of_the_launch_is_raised(host: Host, monkeypatch: pytest.MonkeyPatch):
@@ -227,3 +266,16 @@ def test_on_a_gpu(rounding: str, element: str, dtype: torch.dtype):
             for blocks in (BOTH[:1], BOTH[1:], BOTH):
                 assert_casts(x, element, rounding, blocked, blocks)
                 assert_casts(x.t(), element, rounding, blocked, blocks)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ends", GROUP_ENDS, ids=str)
+def test_groups_on_a_gpu(ends: list[int]):
+    library_or_skip(CUDA_SOURCES / "mx_cast.cu")
+    native_library.cache_clear()
+    cuda.library.cache_clear()
+    x, group_ends = adversarial_matrix(ends[-1], 300).cuda(), torch.tensor(ends, dtype=torch.int32).cuda()
+    *_, scale = cuda.mx_cast_cuda(x, "float8_e4m3fn", "rceil", *BOTH, blocked=True, group_ends=group_ends)
+    scale_t = definition(x.mT, "float8_e4m3fn", "rceil", False)[1].view(torch.uint8)
+    want = torch.cat([to_blocked(scale_t[:, a // 32 : b // 32]) for a, b in pairwise([0, *ends])])
+    assert_bitwise_equal(scale.view(torch.uint8), want)
