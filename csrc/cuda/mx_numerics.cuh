@@ -85,13 +85,36 @@ __device__ __forceinline__ uint32_t native_word(const float (&y)[8], E2m1) {
 #endif
 #endif
 
-// A word of codes, the first in the lowest bits; no y is NaN.
+// y * factor, each product rounded by itself.
+template <int N>
+AOTRAIN_DEVICE void scale_all(float (&y)[N], float factor) {
+    AOTRAIN_UNROLL
+    for (int i = 0; i < N; i += 2) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+        asm("{\n"
+            ".reg .b64 pair, factors;\n"
+            "mov.b64 pair, {%0, %1};\n"
+            "mov.b64 factors, {%2, %2};\n"
+            "mul.rn.f32x2 pair, pair, factors;\n"
+            "mov.b64 {%0, %1}, pair;\n"
+            "}"
+            : "+f"(y[i]), "+f"(y[i + 1])
+            : "f"(factor));
+#else
+        y[i] *= factor;
+        y[i + 1] *= factor;
+#endif
+    }
+}
+
+// A word of the codes of y * inverse, the first in the lowest bits; no product is NaN.
 //
 // For all values but NaN the GPU's instructions are code_of (PTX ISA, cvt): .rn is to nearest even, .satfinite makes
 // what lies beyond the largest value that value with its sign, subnormals are flushed neither in nor out, and zero
 // keeps its sign. What they make of a NaN does not matter: in its block, all codes are kNanWord.
 template <class E>
-AOTRAIN_DEVICE uint32_t encode_word(const float (&y)[kCodesPerWord<E>]) {
+AOTRAIN_DEVICE uint32_t encode_word(float (&y)[kCodesPerWord<E>], float inverse) {
+    scale_all(y, inverse);
 #if defined(AOTRAIN_NATIVE_FLOAT8)
     if constexpr (E::kBits == 8) return native_word(y, E{});
 #endif

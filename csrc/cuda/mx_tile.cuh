@@ -179,8 +179,8 @@ AOTRAIN_DEVICE void cast_row_part(
     for (int w = 0; w < kWords; w++) {
         float y[kCodesPerWord<E>];
         AOTRAIN_UNROLL
-        for (int i = 0; i < kCodesPerWord<E>; i++) y[i] = part.value(w * kCodesPerWord<E> + i) * inverse;
-        codes.word[w] = or_nan<E>(encode_word<E>(y), byte);
+        for (int i = 0; i < kCodesPerWord<E>; i++) y[i] = part.value(w * kCodesPerWord<E> + i);
+        codes.word[w] = or_nan<E>(encode_word<E>(y, inverse), byte);
     }
     const int row = pass * kRowsPerPass + thread / kPartsPerRow, index = thread % kPartsPerRow;
     if (index % 2 == 0)
@@ -226,8 +226,8 @@ AOTRAIN_DEVICE void cast_column_part(const Cast& c, Group& g, int thread, Column
             float y[kCodesPerWord<E>];
             AOTRAIN_UNROLL
             for (int k = 0; k < kCodesPerWord<E>; k++)
-                y[k] = In::value(x[i * kCodesPerWord<E> + k].word[w], lane) * inverse;
-            codes.chunk[side][i / 4].word[i % 4] = or_nan<E>(encode_word<E>(y), byte);
+                y[k] = In::value(x[i * kCodesPerWord<E> + k].word[w], lane);
+            codes.chunk[side][i / 4].word[i % 4] = or_nan<E>(encode_word<E>(y, inverse), byte);
         }
         g.store(kColumnScaleWrite, g.shared + kTileBytes<In> + kScaleTileBytes + scale_offset(column + side, block),
                 static_cast<uint8_t>(byte));
