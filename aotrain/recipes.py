@@ -13,8 +13,10 @@ operand as it stands here: in grad_weight that is one scale per output channel o
 from dataclasses import dataclass, replace
 
 from aotrain.formats import (
+    BLOCKWISE_1X32,
     BLOCKWISE_1X128,
     BLOCKWISE_128X128,
+    FLOAT4_E2M1,
     FLOAT8_E4M3,
     FLOAT8_E5M2,
     INT8,
@@ -45,6 +47,11 @@ class GemmRecipe:
             raise ValueError(
                 f"GemmRecipe got lhs={self.lhs} and rhs={self.rhs}; want both operands quantized or both None: there "
                 "is no mixed-precision matrix product."
+            )
+        if self.lhs is not None and self.rhs is not None and self.lhs.hadamard != self.rhs.hadamard:
+            raise ValueError(
+                f"GemmRecipe got Hadamard transforms of {self.lhs.hadamard} and {self.rhs.hadamard}; want the same for "
+                "both operands: it only cancels then."
             )
 
     @property
@@ -78,6 +85,9 @@ _TENSOR_E4M3_POW2 = _float8(FLOAT8_E4M3, TENSORWISE, power_of_two=True)
 _ROW_E4M3_POW2 = _float8(FLOAT8_E4M3, ROWWISE, power_of_two=True)
 _VECTOR_E4M3 = _float8(FLOAT8_E4M3, BLOCKWISE_1X128, power_of_two=True)
 _SQUARE_E4M3 = _float8(FLOAT8_E4M3, BLOCKWISE_128X128, power_of_two=True)
+_MX_E4M3 = Scaling(element=FLOAT8_E4M3, scale=SCALE_FORMATS["e8m0_rceil"], block=BLOCKWISE_1X32)
+_MX_E2M1 = replace(_MX_E4M3, element=FLOAT4_E2M1, scale=SCALE_FORMATS["e8m0_even"])
+_MX_E2M1_STOCHASTIC = replace(_MX_E4M3, element=FLOAT4_E2M1, rounding="stochastic")
 _ROW_INT8 = Scaling(element=INT8, scale=SCALE_FORMATS["float32"], block=ROWWISE)
 
 RECIPES: dict[str, LinearRecipe] = {
@@ -119,6 +129,33 @@ RECIPES: dict[str, LinearRecipe] = {
         grad_input=GemmRecipe(lhs=_ROW_INT8, rhs=_ROW_INT8),
         grad_weight=GemmRecipe(lhs=_ROW_INT8, rhs=_ROW_INT8),
     ),
+    # MX: a power of two per 32 elements along the contracted dimension of every operand, as in NVIDIA's recipe
+    # (arXiv:2506.08027): e4m3 for gradients too, whose range 32 neighbours rarely exceed, and scales rounded up, with
+    # which nothing saturates.
+    #   output = e4m3(x) @ e4m3(w).T    grad_input = e4m3(g) @ e4m3(w)    grad_weight = e4m3(g).T @ e4m3(x)
+    "mxfp8": LinearRecipe(
+        output=GemmRecipe(lhs=_MX_E4M3, rhs=_MX_E4M3),
+        grad_input=GemmRecipe(lhs=_MX_E4M3, rhs=_MX_E4M3),
+        grad_weight=GemmRecipe(lhs=_MX_E4M3, rhs=_MX_E4M3),
+    ),
+    # The weight gradient, whose error accumulates in the weights, in high precision.
+    #   output = e4m3(x) @ e4m3(w).T    grad_input = e4m3(g) @ e4m3(w)    grad_weight = g.T @ x
+    "mxfp8_gw_hp": LinearRecipe(
+        output=GemmRecipe(lhs=_MX_E4M3, rhs=_MX_E4M3),
+        grad_input=GemmRecipe(lhs=_MX_E4M3, rhs=_MX_E4M3),
+    ),
+    # 4 bits. Gradients are rounded stochastically, below a scale at which nothing saturates, so that their expectation
+    # is the gradient (Tseng et al., arXiv:2502.20586). Inputs and weights are rounded to nearest, in backward too:
+    # those are the values of forward, and stochastic rounding would add variance without removing a bias of the
+    # gradient; their scales are those of the smallest error (docs/numerics.md, section 9). A random Hadamard transform
+    # over the tokens of a scale's block spreads outliers of grad_weight's operands, which have no say in forward.
+    #   output = e2m1(x) @ e2m1(w).T    grad_input = e2m1_sr(g) @ e2m1(w)
+    #   grad_weight = e2m1_sr(H g).T @ e2m1(H x)
+    "mxfp4": LinearRecipe(
+        output=GemmRecipe(lhs=_MX_E2M1, rhs=_MX_E2M1),
+        grad_input=GemmRecipe(lhs=_MX_E2M1_STOCHASTIC, rhs=_MX_E2M1),
+        grad_weight=GemmRecipe(lhs=replace(_MX_E2M1_STOCHASTIC, hadamard=32), rhs=replace(_MX_E2M1, hadamard=32)),
+    ),
 }
 
 # The names this field already uses for the same recipes.
@@ -127,6 +164,8 @@ RECIPE_ALIASES: dict[str, str] = {
     "rowwise": "float8_rowwise",
     "rowwise_with_gw_hp": "float8_rowwise_with_gw_hp",
     "blockwise": "float8_blockwise",
+    "mxfp8_rceil": "mxfp8",
+    "mxfp8_rceil_wgrad_with_hp": "mxfp8_gw_hp",
 }
 
 

@@ -46,8 +46,10 @@ def quantize(
     Raises:
         TypeError: x is not a floating-point tensor of at most 32 bits.
         ValueError: x has fewer than 2 dimensions, or a given scale or amax has the wrong shape or dtype or both are
-            given, or noise is missing.
+            given, or noise is missing, or the scaling has a Hadamard transform.
     """
+    if scaling.hadamard:
+        raise ValueError(f"quantize got {scaling}; it does not transform: use quantize_mx.")
     if x_hp.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"quantize got {x_hp.dtype}; want float32, bfloat16 or float16: cast the tensor first.")
     x = x_hp.float()

@@ -70,21 +70,28 @@ class Scaling:
         scale: format of the scales.
         block: (rows, columns) of the last two dimensions that share a scale; -1 is the whole dimension.
         rounding: "nearest" (ties to even) or "stochastic".
+        hadamard: size of the random Hadamard transform along the columns before the cast, a power of two; 0 is none.
+            The codes are then those of the transformed matrix: `formats.mx` makes them, `quantize` does not.
     """
 
     element: ElementFormat
     scale: ScaleFormat = FLOAT32_SCALE
     block: Block = TENSORWISE
     rounding: str = "nearest"
+    hadamard: int = 0
 
     def __post_init__(self) -> None:
         if any(size < 1 and size != -1 for size in self.block):
             raise ValueError(f"Scaling.block got {self.block}; want two sizes >= 1, or -1 for a whole dimension.")
         if self.rounding not in ("nearest", "stochastic"):
             raise ValueError(f"Scaling.rounding got {self.rounding!r}; want 'nearest' or 'stochastic'.")
+        if self.hadamard < 0 or self.hadamard & (self.hadamard - 1):
+            raise ValueError(f"Scaling.hadamard got {self.hadamard}; want a power of two, or 0 for no transform.")
 
     def __str__(self) -> str:
-        return f"{self.element.name}/{self.scale.name}/{_block_name(self.block)}"
+        stochastic = "/stochastic" if self.rounding == "stochastic" else ""
+        hadamard = f"/hadamard{self.hadamard}" if self.hadamard else ""
+        return f"{self.element.name}/{self.scale.name}/{_block_name(self.block)}{stochastic}{hadamard}"
 
 
 def scale_shape(shape: torch.Size | tuple[int, ...], block: Block) -> tuple[int, ...]:

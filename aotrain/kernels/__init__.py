@@ -7,6 +7,8 @@ device, and, where there is one, a faster implementation for CUDA (Triton) or CP
 
 from aotrain.kernels.nvfp4_cast import Nvfp4Operand, nvfp4_cast, nvfp4_cast_both
 from aotrain.kernels.nvfp4_mm import nvfp4_mm
+from aotrain.kernels.mx_cast import mx_cast, mx_cast_both
+from aotrain.kernels.mx_mm import mx_mm
 from aotrain.kernels.scaled_cast import cast_kernel_gap, scaled_cast, scaled_cast_both
 from aotrain.kernels.scaled_cast_after import scaled_cast_after
 from aotrain.kernels.scaled_mm import float8_problem, native_scaled_mm_problem, scaled_mm
@@ -20,6 +22,9 @@ __all__ = [
     "expert_major_permutation",
     "float8_problem",
     "gather_rows",
+    "mx_cast",
+    "mx_cast_both",
+    "mx_mm",
     "native_scaled_mm_problem",
     "nvfp4_cast",
     "nvfp4_cast_both",

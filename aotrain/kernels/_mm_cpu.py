@@ -9,6 +9,7 @@ from array import array
 
 import torch
 
+from aotrain.formats import ElementFormat
 from aotrain.formats import decode_elements as decode_elements_reference
 from aotrain.formats.scaling import Block, expand_blocks
 from aotrain.kernels._native import native_library
@@ -34,12 +35,14 @@ def library() -> tuple[ctypes.CDLL | None, str | None]:
     return found, reason
 
 
-def decode_elements(data: torch.Tensor, dtype: torch.dtype, isa: str | None = None) -> torch.Tensor:
-    """`aotrain.formats.decode_elements`: 8-bit data as bfloat16 or float32, exactly; tests choose the `isa`."""
+def decode_elements(
+    data: torch.Tensor, dtype: torch.dtype, isa: str | None = None, *, element: ElementFormat | None = None
+) -> torch.Tensor:
+    """`aotrain.formats.decode_elements`: data as bfloat16 or float32, exactly; tests choose the `isa`."""
     found, _ = library()
     if found is None or data.device.type != "cpu" or not data.is_contiguous():
-        return decode_elements_reference(data, dtype)
-    table = _values_of_codes(data.dtype, dtype)
+        return decode_elements_reference(data, dtype, element)
+    table = _values_of_codes(data.dtype, dtype, element)
     values = data.new_empty(data.shape, dtype=dtype)
     found.aotrain_decode(
         *(data.data_ptr(), data.numel(), table.data_ptr(), table.element_size(), values.data_ptr()),
@@ -49,18 +52,25 @@ def decode_elements(data: torch.Tensor, dtype: torch.dtype, isa: str | None = No
 
 
 def dequantize_blocks(
-    data: torch.Tensor, scale: torch.Tensor, block: Block, dtype: torch.dtype, isa: str | None = None
+    data: torch.Tensor,
+    scale: torch.Tensor,
+    block: Block,
+    dtype: torch.dtype,
+    isa: str | None = None,
+    *,
+    element: ElementFormat | None = None,
 ) -> torch.Tensor:
     """`decode_elements(data, dtype) * expand_blocks(scale)`, each product rounded once to dtype.
 
     Args:
-        data: [R, C] float8.
+        data: [R, C] float8 or int8, or codes.
         scale: [ceil(R / block[0]), ceil(C / block[1])] float32.
         block: sizes >= 1.
         dtype: bfloat16 or float32.
         isa: for tests.
+        element: format of the data; needed for codes.
     """
-    values = decode_elements(data, dtype, isa)
+    values = decode_elements(data, dtype, isa, element=element)
     found, _ = library()
     if found is None or values.device.type != "cpu" or not scale.is_contiguous() or values.numel() == 0:
         return (values.float() * expand_blocks(scale, data.shape, block)).to(dtype)
@@ -122,8 +132,11 @@ def scale_product(
 
 
 @functools.lru_cache(maxsize=16)
-def _values_of_codes(element_dtype: torch.dtype, dtype: torch.dtype) -> torch.Tensor:
-    return torch.arange(256, dtype=torch.uint8, device="cpu").view(element_dtype).to(dtype)
+def _values_of_codes(element_dtype: torch.dtype, dtype: torch.dtype, element: ElementFormat | None) -> torch.Tensor:
+    bytes_ = torch.arange(256, dtype=torch.uint8, device="cpu")
+    if element is not None and element.stored_as_codes:
+        return decode_elements_reference(bytes_, dtype, element)
+    return bytes_.view(element_dtype).to(dtype)
 
 
 def _is_scale_of(size: int, scale: torch.Tensor) -> bool:

@@ -17,6 +17,7 @@ from aotrain.formats import (
     TENSORWISE,
     ScaledTensor,
     Scaling,
+    is_mx,
     quantize,
     scale_shape,
 )
@@ -24,6 +25,7 @@ from aotrain.formats.scaling import Block
 from aotrain.kernels import _cast_cpu
 from aotrain.kernels._dispatch import FLOAT8_CAPABILITY, MIN_CAPABILITY, triton_problem, warn_slow
 from aotrain.kernels._library import LIBRARY
+from aotrain.kernels.mx_cast import mx_cast, mx_cast_both
 
 LIBRARY.define(
     "scaled_cast(Tensor x_hp, str element, str scale, int block_rows, int block_columns)"
@@ -48,13 +50,15 @@ def scaled_cast(x_hp: torch.Tensor, scaling: Scaling, *, amax: torch.Tensor | No
 
     Args:
         x_hp: [..., rows, columns], float32, bfloat16 or float16, any strides.
-        scaling: target format and block shape; its rounding must be "nearest".
+        scaling: target format and block shape; its rounding must be "nearest" unless it is MX.
         amax: float32 `scale_shape(x.shape, block)`, the largest magnitudes that the scales come from, where x is a part
             of a larger matrix; by default those of x's own blocks.
 
     Returns:
         ScaledTensor with contiguous data [..., rows, columns] and scale `scale_shape(x.shape, block)`.
     """
+    if is_mx(scaling) and amax is None:
+        return mx_cast(x_hp, scaling)
     if scaling.rounding != "nearest":
         raise ValueError("scaled_cast rounds to nearest; use formats.quantize with noise for stochastic rounding.")
     if amax is not None:
@@ -70,12 +74,14 @@ def scaled_cast_both(x_hp: torch.Tensor, scaling: Scaling, scaling_t: Scaling) -
 
     Args:
         x_hp: as for `scaled_cast`; the transposition exchanges its last two dimensions.
-        scaling: of x; its rounding must be "nearest".
-        scaling_t: of the transposition, in whose coordinates its block is; its rounding must be "nearest".
+        scaling: of x; its rounding must be "nearest" unless both are MX.
+        scaling_t: of the transposition, in whose coordinates its block is; likewise.
 
     Returns:
         The quantized x and the quantized transposition [..., columns, rows], both contiguous.
     """
+    if is_mx(scaling) and is_mx(scaling_t):
+        return mx_cast_both(x_hp, scaling, scaling_t)
     if scaling.rounding != "nearest" or scaling_t.rounding != "nearest":
         raise ValueError("scaled_cast_both rounds to nearest; use formats.quantize with noise for stochastic rounding.")
     data, scale, data_t, scale_t = torch.ops.aotrain.scaled_cast_both(

@@ -22,10 +22,12 @@ from aotrain.formats import (
     ROWWISE,
     TENSORWISE,
     ScaledTensor,
+    is_mx,
 )
 from aotrain.formats.scaling import Block
 from aotrain.kernels._library import LIBRARY
 from aotrain.kernels._mm_cpu import decode_elements, dequantize_blocks, scale_product
+from aotrain.kernels.mx_mm import mx_mm
 
 # What cuBLASLt demands of the leading dimensions of float8 operands.
 NATIVE_ALIGNMENT = 16
@@ -48,7 +50,7 @@ def scaled_mm(
 
     Args:
         a: [M, K] float8 data with scale [1, 1] (tensorwise), [M, 1] (rowwise) or [M, ceil(K / 128)] (1x128); or int8
-            data, tensorwise or rowwise.
+            data, tensorwise or rowwise; or both operands are MX (`mx_mm`).
         b: [N, K] likewise, or with scale [ceil(N / 128), ceil(K / 128)] (128x128).
         out_dtype: float32, bfloat16 or float16.
         fast_accum: let the hardware accumulate in reduced precision; ignored when emulated.
@@ -59,6 +61,8 @@ def scaled_mm(
             differ.
         RuntimeError: the GPU has no float8 matrix product and `emulate` is off.
     """
+    if is_mx(a.scaling) or is_mx(b.scaling):
+        return mx_mm(a, b, out_dtype, emulate=emulate)
     _check(a, b)
     power_of_two = a.scaling.scale.power_of_two and b.scaling.scale.power_of_two
     return torch.ops.aotrain.scaled_mm(

@@ -17,7 +17,7 @@ import aotrain.kernels  # noqa: F401  registers torch.ops.aotrain
 
 _aten = torch.ops.aten
 _PRODUCTS = (
-    *(torch.ops.aotrain.scaled_mm.default, torch.ops.aotrain.nvfp4_mm.default),
+    *(torch.ops.aotrain.scaled_mm.default, torch.ops.aotrain.mx_mm.default, torch.ops.aotrain.nvfp4_mm.default),
     *(_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default, _aten.linear.default),
     *(_aten._scaled_mm.default, _aten._int_mm.default),
 )

@@ -173,6 +173,11 @@ class Float8LinearConfig:
     def from_recipe_name(name: "Float8LinearRecipeName | str") -> "Float8LinearConfig":
         """The configuration of a named recipe; ValueError listing the valid names for an unknown one."""
         canonical = recipe_name(name.value if isinstance(name, Float8LinearRecipeName) else name)
+        if canonical not in _RECIPE_CONFIGS:
+            raise ValueError(
+                f"Float8LinearConfig cannot express {canonical!r}; want one of {', '.join(_RECIPE_CONFIGS)}. The MX "
+                "recipes are for convert_to_mx_training."
+            )
         return _RECIPE_CONFIGS[canonical]
 
     @property
@@ -277,3 +282,5 @@ _RECIPE_CONFIGS = {
         gemm_config_output=Float8GemmConfig(),
     ),
 }
+# The recipes that this class can express.
+FLOAT8_LINEAR_RECIPES = tuple(_RECIPE_CONFIGS)

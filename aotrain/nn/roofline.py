@@ -13,7 +13,7 @@ the other GPUs. It takes every cast as a fused kernel and the scaling of int8 pr
 from dataclasses import dataclass
 from typing import Protocol
 
-from aotrain.formats import BLOCKWISE_1X128, INT8, ROWWISE, TENSORWISE, Scaling
+from aotrain.formats import BLOCKWISE_1X128, INT8, ROWWISE, TENSORWISE, Scaling, is_mx
 from aotrain.gpus import Gpu
 from aotrain.kernels import cast_kernel_gap, float8_problem
 from aotrain.kernels.scaled_mm import NATIVE_ALIGNMENT
@@ -121,6 +121,8 @@ class Roofline:
         for gemm in (recipe.output, recipe.grad_input, recipe.grad_weight):
             if gemm.lhs is None or gemm.lhs.element == INT8:
                 continue
+            if is_mx(gemm.lhs):  # which GPUs have them is found by trying, not from a data sheet
+                return f"MX products are emulated on {gpu.name} as far as its data sheet tells"
             problem = float8_problem(gpu.name, gpu.capability or (0, 0), gpu.gfx, gemm_block(gemm))
             if problem is not None:
                 return problem

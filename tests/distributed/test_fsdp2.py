@@ -17,8 +17,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from aotrain.nn import Float8LinearConfig, convert_to_float8_training
+from aotrain.nn.float8_config import FLOAT8_LINEAR_RECIPES
 from aotrain.optim import AdamW4bit, AdamW8bit, AdamWFp8, Lion8bit, Muon8bit
-from aotrain.recipes import RECIPES
 from aotrain.testing import assert_bitwise_equal
 from tests.distributed.ranks import run_ranks
 
@@ -101,7 +101,8 @@ def assert_same(got: dict, want: dict) -> None:
 
 
 @pytest.mark.parametrize(
-    "recipe", [*(name.removeprefix("float8_") for name in RECIPES), "tensorwise+gather", "blockwise+gather"]
+    "recipe",
+    [*(name.removeprefix("float8_") for name in FLOAT8_LINEAR_RECIPES), "tensorwise+gather", "blockwise+gather"],
 )
 def test_two_ranks_train_to_the_bits_of_one_process_and_reshard(tmp_path, recipe: str):
     model, optimizer = build(recipe, 1)

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from aotrain.nn import Float8LinearConfig, convert_to_float8_training
+from aotrain.nn.float8_config import FLOAT8_LINEAR_RECIPES
 from aotrain.nn.fsdp_weight import FsdpWeight, fsdp_weight_of
 from aotrain.nn.fsdp_wrap import precompute_float8_dynamic_scale_for_fsdp
 from aotrain.nn.gathered_weight import planes_of
@@ -130,9 +131,9 @@ def case(name: str, recipe: str, gather: bool) -> list[torch.Tensor]:
 
 
 CASES = {
-    "master dtype": list(RECIPES),
+    "master dtype": list(FLOAT8_LINEAR_RECIPES),
     "kept after forward": ["rowwise"],
-    "fused": list(RECIPES),
+    "fused": list(FLOAT8_LINEAR_RECIPES),
     "8-bit": ["tensorwise"],
     "accumulation": ["blockwise"],
     "checkpointing": ["rowwise"],
@@ -187,7 +188,7 @@ def bytes_of_a_step(recipe: str, gather: bool, reshard: bool) -> dict[str, list[
 def measure_bytes(rank: int, world_size: int) -> dict[str, list[int]]:
     return {
         f"{recipe} {gather} {reshard} {kind}": sent
-        for recipe in RECIPES
+        for recipe in FLOAT8_LINEAR_RECIPES
         for gather in (False, True)
         for reshard in (False, True)
         for kind, sent in bytes_of_a_step(recipe, gather, reshard).items()
@@ -201,7 +202,7 @@ def test_one_byte_per_element_and_one_all_reduce_per_step():
     biases = halves[0] + halves[2]
     two_planes = {"float8_rowwise", "float8_rowwise_with_gw_hp", "int8_rowwise"}
     for sent in run_ranks(measure_bytes, 2):
-        for recipe in RECIPES:
+        for recipe in FLOAT8_LINEAR_RECIPES:
             gathered = {
                 (gather, reshard): sum(
                     sum(sizes)
@@ -269,7 +270,7 @@ def test_states_are_ordinary_and_every_way_to_a_model_works():
 def offloaded(rank: int, world_size: int) -> None:
     """With CPU offload FSDP2 asks a copy on the device for codes, and the weight itself for what they mean."""
     mesh = init_device_mesh("cpu", (world_size,))
-    for recipe in RECIPES:
+    for recipe in FLOAT8_LINEAR_RECIPES:
         planes = planes_of(RECIPES[recipe])
         whole = torch.randn(6, 20, generator=torch.Generator().manual_seed(0))
         weight = FsdpWeight(whole.chunk(world_size)[rank].clone(), planes)

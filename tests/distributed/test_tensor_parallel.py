@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from aotrain.nn import Float8LinearConfig, convert_to_float8_training
+from aotrain.nn.float8_config import FLOAT8_LINEAR_RECIPES
 from aotrain.nn.fsdp_weight import fsdp_weight_of
 from aotrain.nn.tensor_parallel import Float8ColwiseParallel, Float8RowwiseParallel, PrepareFloat8ModuleInput
-from aotrain.recipes import RECIPES
 from aotrain.testing import assert_bitwise_equal, sqnr
 from tests.distributed.ranks import run_ranks
 
@@ -98,7 +98,7 @@ def test_two_ranks_give_what_one_gives_and_gather_codes():
 
 
 def two_ranks(rank: int, world_size: int) -> None:
-    for recipe in RECIPES:
+    for recipe in FLOAT8_LINEAR_RECIPES:
         like_one_rank(rank, world_size, recipe)
     gathered_activations(rank, world_size)
     styles_of_torch(rank, world_size)

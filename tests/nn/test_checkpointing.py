@@ -11,8 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from aotrain.nn import Float8LinearConfig, convert_to_float8_training
 from aotrain.nn.checkpointing import save_products
+from aotrain.nn.float8_config import FLOAT8_LINEAR_RECIPES
 from aotrain.ops.scaled_linear import SAVE_FOR_BACKWARD
-from aotrain.recipes import RECIPES
 from aotrain.testing import assert_bitwise_equal
 
 
@@ -48,7 +48,7 @@ def run(recipe: str, context_fn: Any) -> tuple[list[torch.Tensor], Counter[str]]
 
 
 @pytest.mark.parametrize("every", [1, 2])
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", FLOAT8_LINEAR_RECIPES)
 def test_same_gradients_and_no_product_twice(recipe: str, every: int):
     plain, without = run(recipe, None)
     kept, calls = run(recipe, save_products(every))

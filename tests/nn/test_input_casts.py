@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from aotrain.nn import Float8LinearConfig, convert_to_float8_training, input_casts
+from aotrain.nn.float8_config import FLOAT8_LINEAR_RECIPES
 from aotrain.ops.scaled_linear import SAVE_FOR_BACKWARD
-from aotrain.recipes import RECIPES
 from aotrain.testing import assert_bitwise_equal
 
 
@@ -52,7 +52,7 @@ def casts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("save_for_backward", SAVE_FOR_BACKWARD)
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", FLOAT8_LINEAR_RECIPES)
 def test_three_layers_cast_their_input_once_with_the_same_bits(
     casts: list[tuple[int, ...]], recipe: str, save_for_backward: str, monkeypatch: pytest.MonkeyPatch
 ):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from aotrain.nn import Float8LinearConfig, convert_to_float8_training
+from aotrain.nn.float8_config import FLOAT8_LINEAR_RECIPES
 from aotrain.ops import scaled_linear
 from aotrain.ops.scaled_linear import SAVE_FOR_BACKWARD
 from aotrain.recipes import RECIPES
@@ -75,17 +76,17 @@ def config_of(name: str, save_for_backward: str = "high_precision") -> Float8Lin
     return dataclasses.replace(Float8LinearConfig.from_recipe_name(name), save_for_backward=save_for_backward)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", FLOAT8_LINEAR_RECIPES)
 def test_a_block_keeps_no_more_than_in_bfloat16(name: str):
     assert total(config_of(name)) <= total(None)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", FLOAT8_LINEAR_RECIPES)
 def test_a_block_that_keeps_codes_keeps_no_more_either(name: str):
     assert total(config_of(name, "quantized")) <= total(None)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", FLOAT8_LINEAR_RECIPES)
 def test_a_block_that_recomputes_keeps_what_bfloat16_keeps_and_no_codes(name: str):
     for backend in (None, "aot_eager"):
         want = kept_bytes(None, backend)
@@ -93,7 +94,7 @@ def test_a_block_that_recomputes_keeps_what_bfloat16_keeps_and_no_codes(name: st
         assert all(dtype.itemsize > 1 for dtype in want)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", FLOAT8_LINEAR_RECIPES)
 def test_a_compiled_block_that_may_keep_codes_of_its_inputs_keeps_fewer_bytes(name: str):
     high_precision = total(None, "aot_eager")
     for choice in ("high_precision", "quantized"):

@@ -95,8 +95,8 @@ def test_column_reads_and_long_rows_are_read_twice():
 @pytest.mark.parametrize(
     ("gpu", "native"),
     [
-        ("H100", list(RECIPES)),
-        ("H200", list(RECIPES)),
+        ("H100", [name for name in RECIPES if not name.startswith("mx")]),
+        ("H200", [name for name in RECIPES if not name.startswith("mx")]),
         ("B200", ["float8_tensorwise", "float8_rowwise", "float8_rowwise_with_gw_hp", "int8_rowwise"]),
         ("MI300X", ["float8_tensorwise", "float8_rowwise", "float8_rowwise_with_gw_hp", "int8_rowwise"]),
         ("A100", ["int8_rowwise"]),

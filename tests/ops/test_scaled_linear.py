@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from aotrain.formats import dequantize, quantize
+from aotrain.formats import dequantize, is_mx, quantize, quantize_mx
 from aotrain.ops import scaled_linear
 from aotrain.ops.scaled_linear import SAVE_FOR_BACKWARD
 from aotrain.recipes import RECIPES, LinearRecipe
@@ -20,6 +20,9 @@ SQNR_DB = {
     "float8_rowwise_with_gw_hp": (24.0, 23.0, 45.0),
     "float8_blockwise": (27.0, 28.0, 27.0),
     "int8_rowwise": (40.0, 40.0, 41.0),
+    "mxfp8": (27.0, 28.0, 27.0),
+    "mxfp8_gw_hp": (27.0, 28.0, 45.0),
+    "mxfp4": (14.0, 13.0, 13.0),
 }
 SHAPES = [(64, 128, 96), (37, 100, 65), (16, 48, 33)]
 
@@ -58,7 +61,8 @@ def test_each_product_is_that_of_its_quantized_operands(name: str):
     for got, gemm, lhs, rhs in products:
         if gemm.quantized:
             lhs, rhs = (
-                dequantize(quantize(op.detach().contiguous(), s)) for op, s in ((lhs, gemm.lhs), (rhs, gemm.rhs))
+                dequantize((quantize_mx if is_mx(s) else quantize)(op.detach().contiguous(), s))
+                for op, s in ((lhs, gemm.lhs), (rhs, gemm.rhs))
             )
         assert sqnr(lhs.double() @ rhs.double().t(), got) > 110
 
