@@ -6,14 +6,14 @@ from array import array
 
 import torch
 
-from aotrain.formats import ELEMENT_FORMATS, scale_shape
+from aotrain.formats import ELEMENT_FORMATS, SCALE_FORMATS, scale_shape
 from aotrain.kernels._native import native_library
 
-# Enums Isa, Input and Element of csrc/cpu/{isa,cast}.h.
+# Enums Isa, Input, Element and ScaleFormat of csrc/cpu/{isa,cast}.h.
 ISAS = {"scalar": 0, "avx2": 1, "avx512": 2}
 _INPUTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_ELEMENTS = {"float8_e4m3fn": 0, "float8_e5m2": 1, "int8": 2}
-_SCALES = {"float32": 0, "float32_pow2": 1}
+_ELEMENTS = {"float8_e4m3fn": 0, "float8_e5m2": 1, "int8": 2, "float4_e2m1fn": 3}
+_SCALES = {"float32": 0, "float32_pow2": 1, "e8m0_floor": 2, "e8m0_ceil": 3, "e8m0_even": 4, "e8m0_rceil": 5}
 
 
 @functools.lru_cache(maxsize=1)
@@ -33,6 +33,8 @@ def problem(x_hp: torch.Tensor, element: str, scale: str) -> str | None:
         return reason
     if x_hp.dtype not in _INPUTS or element not in _ELEMENTS or scale not in _SCALES:
         return f"there is no kernel for {x_hp.dtype} to {element} with {scale} scales"
+    if element == "int8" and scale.startswith("e8m0"):
+        return "there is no kernel for int8 with E8M0 scales"
     if x_hp.dim() < 2 or x_hp.numel() == 0 or x_hp.layout != torch.strided:
         return "the tensor is empty, sparse or not a matrix"
     return None
@@ -46,7 +48,7 @@ def scaled_cast(
     if found is None:
         raise RuntimeError(f"The C++ kernel of aotrain::scaled_cast cannot run: {reason}.")
     codes = x_hp.new_empty(x_hp.shape, dtype=ELEMENT_FORMATS[element].dtype)
-    scales = x_hp.new_empty(scale_shape(x_hp.shape, (block_rows, block_columns)), dtype=torch.float32)
+    scales = x_hp.new_empty(scale_shape(x_hp.shape, (block_rows, block_columns)), dtype=SCALE_FORMATS[scale].dtype)
     x, transposed = _batch_of_matrices(x_hp, block_rows)
     batch, rows, columns = x.shape
     blocks = (block_columns, block_rows) if transposed else (block_rows, block_columns)

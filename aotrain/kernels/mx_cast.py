@@ -6,9 +6,18 @@ rounding and the random Hadamard transform where the scaling has them.
 
 import torch
 
-from aotrain.formats import ELEMENT_FORMATS, SCALE_FORMATS, ScaledTensor, Scaling, quantize_mx, scale_shape
-from aotrain.formats.mx import check_mx
-from aotrain.formats.scaling import BLOCKWISE_1X32
+from aotrain.formats import (
+    BLOCKWISE_1X32,
+    ELEMENT_FORMATS,
+    SCALE_FORMATS,
+    ScaledTensor,
+    Scaling,
+    hadamard_transform,
+    quantize_mx,
+    scale_shape,
+)
+from aotrain.formats.mx import check_mx, signs_of
+from aotrain.kernels import _cast_cpu
 from aotrain.kernels._library import LIBRARY
 
 LIBRARY.define(
@@ -37,7 +46,8 @@ def mx_cast(x_hp: torch.Tensor, scaling: Scaling) -> ScaledTensor:
         ValueError: the scaling is not MX.
     """
     check_mx(scaling)
-    return ScaledTensor(*torch.ops.aotrain.mx_cast(x_hp, *_names(scaling)), scaling)
+    data, scale = torch.ops.aotrain.mx_cast(x_hp, *_names(scaling))
+    return ScaledTensor(data, scale, scaling)
 
 
 def mx_cast_both(x_hp: torch.Tensor, scaling: Scaling, scaling_t: Scaling) -> tuple[ScaledTensor, ScaledTensor]:
@@ -67,6 +77,17 @@ def _reference(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     q = quantize_mx(x_hp.contiguous(), _scaling(element, scale, rounding, hadamard))
     return q.data, q.scale
+
+
+def _cpu(
+    x_hp: torch.Tensor, element: str, scale: str, rounding: str, hadamard: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The C++ kernel of `scaled_cast`, of the transformed matrix where there is a transform."""
+    if rounding != "nearest" or _cast_cpu.problem(x_hp, element, scale):
+        return _reference(x_hp, element, scale, rounding, hadamard)
+    if hadamard:
+        x_hp = hadamard_transform(x_hp, signs_of(_scaling(element, scale, rounding, hadamard), x_hp.device))
+    return _cast_cpu.scaled_cast(x_hp, element, scale, *BLOCKWISE_1X32)
 
 
 def _fake(
@@ -116,6 +137,7 @@ def _fake_both(
 
 
 LIBRARY.impl("mx_cast", _reference, "CompositeExplicitAutograd")
+LIBRARY.impl("mx_cast", _cpu, "CPU")
 torch.library.register_fake("aotrain::mx_cast", _fake, lib=LIBRARY)
 LIBRARY.impl("mx_cast_both", _two_casts, "CompositeExplicitAutograd")
 torch.library.register_fake("aotrain::mx_cast_both", _fake_both, lib=LIBRARY)

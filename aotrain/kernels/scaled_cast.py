@@ -1,8 +1,8 @@
 """scaled_cast: quantize a high-precision matrix, or it and its transposition; bit-identical to `formats.quantize`.
 
 On CUDA, the elements, scales and blocks of the recipes run fused Triton kernels: rowwise in one read of a row-major
-matrix, all others by tiles (`kernels/triton/scaled_cast_tiles.py`). On CPU, float32 scales of e4m3fn, e5m2 and int8 are
-a C++ kernel (`_cast_cpu`) for every block shape. Everything else runs the definition itself.
+matrix, all others by tiles (`kernels/triton/scaled_cast_tiles.py`). On CPU, every scale of e4m3fn, e5m2 and e2m1 and
+float32 scales of int8 are a C++ kernel (`_cast_cpu`) for every block shape. Everything else runs the definition itself.
 """
 
 import torch

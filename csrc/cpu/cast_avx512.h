@@ -97,12 +97,11 @@ inline __m512i biased_code(__m512 y) {
     return _mm512_add_epi32(as_int(sum), _mm512_srli_epi32(exponent, kDropped));
 }
 
-// The bias of biased_code, and the code of NaN.
+// The bias of biased_code, and what stands for NaN until signs are set: no other code.
 template <class E>
 inline constexpr uint32_t kBias = (E::kMinExponent << E::kMantissa) & 0xFF;
 template <class E>
-inline constexpr uint32_t kNan = 0x7F;
-
+inline constexpr uint32_t kNanMark = 0x7F;
 template <>
 inline __m512i biased_code<Int8>(__m512 y) {
     return _mm512_cvtps_epi32(y);
@@ -110,7 +109,7 @@ inline __m512i biased_code<Int8>(__m512 y) {
 template <>
 inline constexpr uint32_t kBias<Int8> = 0;
 template <>
-inline constexpr uint32_t kNan<Int8> = 0;
+inline constexpr uint32_t kNanMark<Int8> = 0;  // as zero: neither has a sign
 
 // The lowest bytes of 64 elements, in their order.
 template <bool Pairs>
@@ -140,17 +139,20 @@ inline void encode_loop(const void* from, int64_t n, const float* inverse, uint8
         __m512i biased[4];
         __mmask64 negative = In::load(x + i, k, magnitude);
         for (int j = 0; j < 4; j++) {
-            const __m512 y = _mm512_mul_ps(magnitude[j], scale[j]);
+            __m512 y = _mm512_mul_ps(magnitude[j], scale[j]);
+            if (E::kSaturate) y = _mm512_min_ps(_mm512_set1_ps(static_cast<float>(E::kMax)), y);  // a NaN stays
             biased[j] = biased_code<E>(y);
             if (!Regular)
                 biased[j] = _mm512_mask_mov_epi32(biased[j], _mm512_cmp_ps_mask(y, y, _CMP_UNORD_Q),
-                                                  all(kBias<E> + kNan<E>));
+                                                  all(kBias<E> + kNanMark<E>));
         }
         const __m512i code = _mm512_sub_epi8(pack<In::kPairs>(biased), _mm512_set1_epi8(static_cast<char>(kBias<E>)));
-        if (!Regular) negative &= _mm512_cmpneq_epi8_mask(code, _mm512_set1_epi8(kNan<E>));  // one NaN
-        const __m512i with_sign = kInteger
-                                      ? _mm512_mask_sub_epi8(code, negative, _mm512_setzero_si512(), code)
-                                      : _mm512_mask_add_epi8(code, negative, code, _mm512_set1_epi8(-128));
+        const __mmask64 nan = Regular ? 0 : _mm512_cmpeq_epi8_mask(code, _mm512_set1_epi8(kNanMark<E>));
+        negative &= ~nan;  // one NaN
+        __m512i with_sign = kInteger ? _mm512_mask_sub_epi8(code, negative, _mm512_setzero_si512(), code)
+                                     : _mm512_mask_add_epi8(code, negative, code,
+                                                            _mm512_set1_epi8(static_cast<char>(E::kSign)));
+        if (E::kNan != kNanMark<E>) with_sign = _mm512_mask_mov_epi8(with_sign, nan, _mm512_set1_epi8(E::kNan));
         _mm512_mask_storeu_epi8(codes + i, k, with_sign);
     }
 }
@@ -176,13 +178,18 @@ inline constexpr CastLoops kLoops{avx512_portable::amax<In>, avx512_portable::am
                                   encode_each<In, E>, avx512_portable::transpose16};
 
 template <class In>
-inline const CastLoops& select_element(int64_t element) {
-    return element == kE4m3 ? kLoops<In, E4m3> : element == kE5m2 ? kLoops<In, E5m2> : kLoops<In, Int8>;
+inline const CastLoops& select_element(const Cast& c) {
+    if (saturates(c.scale_format)) {
+        if (c.element == kE4m3) return kLoops<In, Saturating<E4m3>>;
+        return c.element == kE5m2 ? kLoops<In, Saturating<E5m2>> : kLoops<In, Saturating<E2m1>>;
+    }
+    if (c.element == kE2m1) return kLoops<In, E2m1>;
+    return c.element == kE4m3 ? kLoops<In, E4m3> : c.element == kE5m2 ? kLoops<In, E5m2> : kLoops<In, Int8>;
 }
 
-inline const CastLoops& select(int64_t input, int64_t element) {
-    if (input == kFloat32Input) return select_element<Float32>(element);
-    return input == kBfloat16Input ? select_element<Bfloat16>(element) : select_element<Float16>(element);
+inline const CastLoops& select(const Cast& c) {
+    if (c.input == kFloat32Input) return select_element<Float32>(c);
+    return c.input == kBfloat16Input ? select_element<Bfloat16>(c) : select_element<Float16>(c);
 }
 
 }  // namespace aotrain::avx512

@@ -71,13 +71,18 @@ void amax_columns(const void* from, int64_t stride, int64_t rows, int64_t n, uin
 // step included. The last bits of the sum then count steps: a mantissa with its leading one, added to the exponent.
 template <class E, bool Regular>
 inline uint8_t code_of(float y) {
+    if (E::kSaturate) {  // a NaN passes both
+        constexpr float kMax = static_cast<float>(E::kMax);
+        y = y > kMax ? kMax : y < -kMax ? -kMax : y;
+    }
     constexpr int kDropped = 23 - E::kMantissa;
     const uint32_t bits = bits_as<uint32_t>(y), magnitude = bits & 0x7FFFFFFF, smallest = E::kMinExponent << 23;
     const uint32_t own = bits & 0x7F800000, exponent = own > smallest ? own : smallest;
     const float sum = bits_as<float>(magnitude) + bits_as<float>(exponent + (kDropped << 23));
     const uint32_t code = bits_as<uint32_t>(sum) + (exponent >> kDropped) - (E::kMinExponent << E::kMantissa);
-    const uint32_t signed_code = (code & 0x7F) | (bits >> 24 & 0x80);
-    return static_cast<uint8_t>(!Regular && magnitude > 0x7F800000 ? 0x7F : signed_code);
+    constexpr int kSignShift = 31 - __builtin_ctz(E::kSign);
+    const uint32_t signed_code = (code & (E::kSign - 1u)) | (bits >> kSignShift & E::kSign);
+    return static_cast<uint8_t>(!Regular && magnitude > 0x7F800000 ? E::kNan : signed_code);
 }
 
 // The same for integers, where a NaN is 0. The last bits of the sum are the integer, in two's complement.
@@ -139,13 +144,18 @@ template <class In, class E>
 inline constexpr CastLoops kLoops{amax<In>, amax_columns<In>, encode<In, E>, encode_each<In, E>, transpose16};
 
 template <class In>
-inline const CastLoops& select_element(int64_t element) {
-    return element == kE4m3 ? kLoops<In, E4m3> : element == kE5m2 ? kLoops<In, E5m2> : kLoops<In, Int8>;
+inline const CastLoops& select_element(const Cast& c) {
+    if (saturates(c.scale_format)) {
+        if (c.element == kE4m3) return kLoops<In, Saturating<E4m3>>;
+        return c.element == kE5m2 ? kLoops<In, Saturating<E5m2>> : kLoops<In, Saturating<E2m1>>;
+    }
+    if (c.element == kE2m1) return kLoops<In, E2m1>;
+    return c.element == kE4m3 ? kLoops<In, E4m3> : c.element == kE5m2 ? kLoops<In, E5m2> : kLoops<In, Int8>;
 }
 
-inline const CastLoops& select(int64_t input, int64_t element) {
-    if (input == kFloat32Input) return select_element<Float32>(element);
-    return input == kBfloat16Input ? select_element<Bfloat16>(element) : select_element<Float16>(element);
+inline const CastLoops& select(const Cast& c) {
+    if (c.input == kFloat32Input) return select_element<Float32>(c);
+    return c.input == kBfloat16Input ? select_element<Bfloat16>(c) : select_element<Float16>(c);
 }
 
 }  // namespace aotrain::AOTRAIN_ISA

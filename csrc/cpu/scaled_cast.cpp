@@ -1,4 +1,4 @@
-// Quantize a matrix to float8 or int8 with one scale per block: bit for bit formats.quantize of aotrain/formats/cast.py.
+// Quantize a matrix to float8, int8 or e2m1 with one scale per block: bit for bit formats.quantize of aotrain/formats/cast.py.
 //
 // One pass finds the largest magnitude of every block, a second one writes the codes. A matrix whose blocks span few
 // rows is done block by row block, so that the second pass finds its input in the cache. A transposed matrix is encoded
@@ -39,11 +39,11 @@ int64_t blocks(int64_t n, int64_t block) { return (n + block - 1) / block; }
 
 const CastLoops& select(int isa, const Cast& c) {
 #if AOTRAIN_X86
-    if (isa == kAvx512) return avx512::select(c.input, c.element);
-    if (isa == kAvx2) return avx2::select(c.input, c.element);
+    if (isa == kAvx512) return avx512::select(c);
+    if (isa == kAvx2) return avx2::select(c);
 #endif
     (void)isa;
-    return scalar::select(c.input, c.element);
+    return scalar::select(c);
 }
 
 float value_of_pattern(int64_t input, uint32_t pattern) {
@@ -72,6 +72,10 @@ class Matrix {
           f(loops),
           grid_rows(blocks(cast.rows, cast.block_rows)),
           grid_columns(blocks(cast.columns, cast.block_columns)),
+          element_max(max_of(cast.element)),
+          mantissa_bits(cast.element == kE2m1   ? E2m1::kMantissa
+                        : cast.element == kE5m2 ? E5m2::kMantissa
+                                                : E4m3::kMantissa),
           amax(grid_rows * grid_columns),
           inverse(grid_rows * grid_columns),
           regular(grid_rows) {}
@@ -107,10 +111,16 @@ class Matrix {
     const Cast& c;
     const CastLoops& f;
     const int64_t grid_rows, grid_columns;
+    const double element_max;
+    const int mantissa_bits;  // of a float format
     std::vector<uint32_t> amax;
     std::vector<float> inverse;
     std::vector<uint8_t> regular;  // whether no block of a row of blocks has an infinity or a NaN
 
+    static double max_of(int64_t element) {
+        if (element == kE2m1) return E2m1::kMax;
+        return element == kE4m3 ? E4m3::kMax : element == kE5m2 ? E5m2::kMax : Int8::kMax;
+    }
     int64_t item() const { return c.input == kFloat32Input ? 4 : 2; }
     const void* at(int64_t row, int64_t column) const {
         return static_cast<const char*>(c.x) + (row * c.row_stride + column) * item();
@@ -146,19 +156,46 @@ class Matrix {
 
     // scales_from_amax of aotrain/formats/scaling.py.
     void find_scales(int64_t grid_row) {
-        const double max = c.element == kE4m3 ? E4m3::kMax : c.element == kE5m2 ? E5m2::kMax : Int8::kMax;
         bool all_regular = true;
         for (int64_t j = 0; j < grid_columns; j++) {
-            const int64_t cell = grid_row * grid_columns + j;
-            const double magnitude = value_of_pattern(c.input, amax[cell]);
-            auto inv = static_cast<float>(max / (magnitude < 1e-12 ? 1e-12 : magnitude));
-            if (c.power_of_two && inv == inv)
-                inv = scalar::bits_as<float>(scalar::bits_as<uint32_t>(inv) & 0x7F800000);
-            inverse[cell] = inv;
-            all_regular &= inv > 0;
-            c.scale[c.transposed ? j * grid_rows + grid_row : cell] = inv == inv ? 1.0f / inv : __builtin_nanf("");
+            const int64_t cell = grid_row * grid_columns + j, at = c.transposed ? j * grid_rows + grid_row : cell;
+            const float largest = value_of_pattern(c.input, amax[cell]);
+            inverse[cell] = is_e8m0(c.scale_format) ? e8m0_scale(largest, static_cast<uint8_t*>(c.scale)[at])
+                                                    : float_scale(largest, static_cast<float*>(c.scale)[at]);
+            all_regular &= inverse[cell] > 0;
         }
         regular[grid_row] = all_regular;
+    }
+
+    // Write the scale of a block with this largest magnitude; return the inverse.
+    float float_scale(float largest, float& scale) const {
+        const double magnitude = largest;
+        auto inv = static_cast<float>(element_max / (magnitude < 1e-12 ? 1e-12 : magnitude));
+        if (c.scale_format == kPowerOfTwoScale && inv == inv)
+            inv = scalar::bits_as<float>(scalar::bits_as<uint32_t>(inv) & 0x7F800000);
+        scale = inv == inv ? 1.0f / inv : __builtin_nanf("");
+        return inv;
+    }
+
+    // The same for a byte: e8m0_from_amax and e8m0_inverse of aotrain/formats/e8m0.py.
+    float e8m0_scale(float largest, uint8_t& scale) const {
+        constexpr uint32_t kMantissa = 0x7FFFFF, kHalfOfSmallestNormal = 0x400000;
+        uint32_t bits = scalar::bits_as<uint32_t>(largest), byte;
+        if (bits >= 0x7F800000) {
+            scale = 255;
+            return __builtin_nanf("");
+        }
+        if (c.scale_format == kE8m0Rceil) {
+            bits = scalar::bits_as<uint32_t>(largest * static_cast<float>(1.0 / element_max));
+            byte = (bits >> 23) + ((bits & kMantissa) > (bits >> 23 ? 0 : kHalfOfSmallestNormal));
+        } else {
+            if (c.scale_format == kE8m0Even) bits += 1u << (22 - mantissa_bits);
+            byte = (bits >> 23) + (c.scale_format == kE8m0Ceil && (bits & kMantissa));
+            const auto max_exponent = scalar::bits_as<uint32_t>(static_cast<float>(element_max)) >> 23;
+            byte = byte > max_exponent - 127 ? byte - (max_exponent - 127) : 0;
+        }
+        scale = static_cast<uint8_t>(byte);
+        return scalar::bits_as<float>(byte < 254 ? (254 - byte) << 23 : kHalfOfSmallestNormal);
     }
 
     // Codes of columns first..last-1 of a row, in the order of the memory.
@@ -234,7 +271,7 @@ void aotrain_scaled_cast(const aotrain::Cast* cast, int isa, int threads) {
         Matrix(one, select(isa, one)).run(threads);
         one.x = static_cast<const char*>(one.x) + one.batch_stride * item;
         one.codes += one.rows * one.columns;
-        one.scale += cells;
+        one.scale = static_cast<char*>(one.scale) + cells * (is_e8m0(one.scale_format) ? 1 : 4);
     }
 }
 }

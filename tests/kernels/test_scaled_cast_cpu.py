@@ -15,6 +15,7 @@ from aotrain.formats import (
     BLOCKWISE_128X128,
     COLWISE,
     ELEMENT_FORMATS,
+    FLOAT4_E2M1,
     FLOAT8_E4M3,
     FLOAT8_E5M2,
     INT8,
@@ -22,6 +23,7 @@ from aotrain.formats import (
     SCALE_FORMATS,
     TENSORWISE,
     Scaling,
+    decode_elements,
     quantize,
 )
 from aotrain.kernels import _cast_cpu as cpu
@@ -37,6 +39,14 @@ SCALINGS = [
     for element in (FLOAT8_E4M3, FLOAT8_E5M2, INT8)
     for scale in ("float32", "float32_pow2")
     for block in BLOCKS
+]
+FLOATS = (FLOAT8_E4M3, FLOAT8_E5M2, FLOAT4_E2M1)
+E8M0 = [name for name in SCALE_FORMATS if name.startswith("e8m0")]
+MX_SCALINGS = [
+    Scaling(element=element, scale=SCALE_FORMATS[scale], block=block)
+    for element in FLOATS
+    for scale in E8M0
+    for block in (BLOCKWISE_1X32, (3, 5))
 ]
 # What a caller may pass, and a view that has to be copied.
 LAYOUTS = {
@@ -67,7 +77,7 @@ def assert_quantizes(x: torch.Tensor, scaling: Scaling, isa: str) -> None:
     assert data.is_contiguous()
 
 
-@pytest.mark.parametrize("scaling", SCALINGS, ids=str)
+@pytest.mark.parametrize("scaling", [*SCALINGS, *MX_SCALINGS], ids=str)
 def test_every_scaling_dtype_and_layout(scaling: Scaling, isa: str):
     for dtype in DTYPES:
         x = adversarial_matrix(75, 333, dtype)
@@ -82,8 +92,8 @@ def test_infinities_and_nans_fill_their_block_and_no_other(dtype: torch.dtype, b
     x = torch.randn(70, 140).to(dtype)
     x[3, 5], x[40, 100], x[69, 139] = math.inf, math.nan, -math.nan
     x[20, 33], x[21, 33] = -math.inf, math.nan
-    for element in (FLOAT8_E4M3, FLOAT8_E5M2, INT8):
-        for scale in ("float32", "float32_pow2"):
+    for element in (FLOAT8_E4M3, FLOAT8_E5M2, INT8, FLOAT4_E2M1):
+        for scale in ("float32", "float32_pow2", *(E8M0 if element is not INT8 else ())):
             scaling = Scaling(element=element, scale=SCALE_FORMATS[scale], block=block)
             assert_quantizes(x, scaling, isa)
             assert_quantizes(x.t(), scaling, isa)
@@ -102,17 +112,26 @@ def test_every_value_of_16_bits(dtype: torch.dtype, element, isa: str):
     assert_quantizes(finite, Scaling(element=element), isa)
 
 
-@pytest.mark.parametrize("element", [FLOAT8_E4M3, FLOAT8_E5M2, INT8], ids=lambda element: element.name)
+@pytest.mark.parametrize("scale", E8M0)
+@pytest.mark.parametrize("element", FLOATS, ids=lambda element: element.name)
+def test_every_value_of_16_bits_as_the_largest_of_a_block(element, scale: str, isa: str):
+    patterns = all_bfloat16_values()
+    for values in (patterns, patterns.view(torch.float16), patterns.float() * 1.0078125):
+        for shape, block in (((256, 256), (1, 1)), ((2048, 32), BLOCKWISE_1X32)):
+            assert_quantizes(values.view(shape), Scaling(element=element, scale=SCALE_FORMATS[scale], block=block), isa)
+
+
+@pytest.mark.parametrize("element", [FLOAT8_E4M3, FLOAT8_E5M2, INT8, FLOAT4_E2M1], ids=lambda element: element.name)
 @pytest.mark.parametrize("power", [-30, -9, -1, 0, 1, 20])
 def test_ties_and_their_neighbours(element, power: int, isa: str):
     """Scaled by a power of two, so that a tie stays one."""
-    codes = torch.arange(256, dtype=torch.uint8).view(element.dtype).float()
+    codes = decode_elements(torch.arange(256, dtype=torch.uint8).view(element.dtype), torch.float32, element)
     codes = codes[codes.isfinite() & (codes >= 0)].sort().values
     values = torch.cat([codes, (codes[:-1] + codes[1:]) / 2, torch.tensor([element.min_subnormal / 2])])
     around = [values.nextafter(torch.tensor(sign * math.inf)) for sign in (-1, 1)]
     values = torch.cat([values, *around]).clamp(max=element.max)
     x = torch.cat([values, -values, torch.tensor([element.max])])[None] * 2.0**power
-    for scale in ("float32", "float32_pow2"):
+    for scale in ("float32", "float32_pow2", *(E8M0 if element is not INT8 else ())):
         for block in (ROWWISE, TENSORWISE):
             assert_quantizes(x, Scaling(element=element, scale=SCALE_FORMATS[scale], block=block), isa)
             assert_quantizes(x.bfloat16(), Scaling(element=element, scale=SCALE_FORMATS[scale], block=block), isa)
@@ -131,7 +150,9 @@ def test_shapes(shape: tuple[int, ...], block: tuple[int, int], isa: str):
     assert_quantizes(x[:1].expand(shape), scaling, isa)
 
 
-@pytest.mark.parametrize("scaling", [s for s in SCALINGS if s.scale.name == "float32"], ids=str)
+@pytest.mark.parametrize(
+    "scaling", [s for s in [*SCALINGS, *MX_SCALINGS] if not s.scale.power_of_two or s.block[0] == 1], ids=str
+)
 def test_threads_do_not_change_the_bits(scaling: Scaling):
     x = torch.randn(300, 1100)
     threads = torch.get_num_threads()
@@ -152,8 +173,9 @@ def test_the_op_takes_the_kernel_where_there_is_one(monkeypatch: pytest.MonkeyPa
         for scale in SCALE_FORMATS.values():
             scaled_cast(x, Scaling(element=element, scale=scale, block=BLOCKWISE_1X32))
     scaled_cast(x[:0], Scaling(element=FLOAT8_E4M3))
-    elements, scales = ("float8_e4m3fn", "float8_e5m2", "int8"), ("float32", "float32_pow2")
-    assert sorted(calls) == [(element, scale) for element in elements for scale in scales]
+    elements, scales = ("float4_e2m1fn", "float8_e4m3fn", "float8_e5m2"), ("float32", "float32_pow2", *E8M0)
+    want = [(element, scale) for element in elements for scale in scales]
+    assert sorted(calls) == sorted([*want, ("int8", "float32"), ("int8", "float32_pow2")])
 
 
 def test_without_the_library_the_definition_runs():
