@@ -1,7 +1,9 @@
 """mx_cast: quantize a matrix, or it and its transposition, to MX; bit-identical to `formats.quantize_mx`.
 
 `scaled_cast` and `scaled_cast_both` come here for every MX scaling: 1 x 32 blocks with E8M0 scales, with stochastic
-rounding and the random Hadamard transform where the scaling has them.
+rounding and the random Hadamard transform where the scaling has them. On CUDA, rounding to nearest of e4m3, e5m2 and
+e2m1 is a Triton kernel that reads x once for both outputs; on CPU it is C++, of the transformed matrix too. Everything
+else runs the definition itself.
 """
 
 import torch
@@ -18,6 +20,7 @@ from aotrain.formats import (
 )
 from aotrain.formats.mx import check_mx, signs_of
 from aotrain.kernels import _cast_cpu
+from aotrain.kernels._dispatch import FLOAT8_CAPABILITY, MIN_CAPABILITY, triton_problem, warn_slow
 from aotrain.kernels._library import LIBRARY
 
 LIBRARY.define(
@@ -30,6 +33,14 @@ LIBRARY.define(
     " -> (Tensor data, Tensor scale, Tensor data_t, Tensor scale_t)",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
+
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Elements that the Triton kernel makes, and what they need of a GPU: e2m1 is made of integers.
+_CAPABILITY = {
+    "float8_e4m3fn": FLOAT8_CAPABILITY,
+    "float8_e5m2": FLOAT8_CAPABILITY,
+    "float4_e2m1fn": MIN_CAPABILITY,
+}
 
 
 def mx_cast(x_hp: torch.Tensor, scaling: Scaling) -> ScaledTensor:
@@ -90,6 +101,77 @@ def _cpu(
     return _cast_cpu.scaled_cast(x_hp, element, scale, *BLOCKWISE_1X32)
 
 
+def mx_cast_gap(scaling: Scaling) -> str | None:
+    """What keeps an MX cast from being one fused kernel on a GPU; None when it is one."""
+    if scaling.rounding != "nearest" or scaling.hadamard:
+        return "there is no kernel for stochastic rounding or the Hadamard transform of MX casts yet"
+    if scaling.element.name not in _CAPABILITY:
+        return f"there is no kernel for MX casts to {scaling.element.name} yet"
+    return None
+
+
+def _cuda_problem(x_hp: torch.Tensor, scaling: Scaling) -> str | None:
+    return mx_cast_gap(scaling) or triton_problem(x_hp.device, _CAPABILITY[scaling.element.name])
+
+
+def _nothing_to_launch(x_hp: torch.Tensor) -> bool:
+    """Whether there are no elements, or a type that raises."""
+    return x_hp.dim() < 2 or x_hp.dtype not in _KERNEL_DTYPES or x_hp.numel() == 0
+
+
+def _cuda(
+    x_hp: torch.Tensor, element: str, scale: str, rounding: str, hadamard: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The Triton kernel where there is one. Tests call it with CPU tensors under Triton's interpreter."""
+    scaling = _scaling(element, scale, rounding, hadamard)
+    reason = None if _nothing_to_launch(x_hp) else _cuda_problem(x_hp, scaling)
+    if reason is not None:
+        warn_slow("mx_cast", reason)
+    if reason is not None or _nothing_to_launch(x_hp):
+        return _reference(x_hp, element, scale, rounding, hadamard)
+    data, x_scale = _tiles(x_hp, scaling, rows=True, columns=False)[:2]
+    return data, x_scale
+
+
+def _cuda_both(
+    x_hp: torch.Tensor,
+    element: str,
+    scale: str,
+    rounding: str,
+    hadamard: int,
+    element_t: str,
+    scale_t: str,
+    rounding_t: str,
+    hadamard_t: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One kernel for both where there is one; where there is none, `mx_cast` says so."""
+    names, names_t = (element, scale, rounding, hadamard), (element_t, scale_t, rounding_t, hadamard_t)
+    scaling = _scaling(*names)
+    if names != names_t or _nothing_to_launch(x_hp) or _cuda_problem(x_hp, scaling) is not None:
+        return _two_casts(x_hp, *names, *names_t)
+    return _tiles(x_hp, scaling, rows=True, columns=True)
+
+
+def _tiles(
+    x_hp: torch.Tensor, scaling: Scaling, *, rows: bool, columns: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The kernel on a matrix, read along its contiguous dimension, with the outputs in the shape of the operands."""
+    from aotrain.kernels.triton.mx_cast import mx_cast_tiles
+
+    matrices = x_hp.reshape(-1, *x_hp.shape[-2:])
+    formats = scaling.element, scaling.scale
+    if x_hp.stride(-2) == 1 != x_hp.stride(-1):
+        data_t, x_scale_t, data, x_scale = mx_cast_tiles(matrices.mT, *formats, rows=columns, columns=rows)
+    else:
+        data, x_scale, data_t, x_scale_t = mx_cast_tiles(matrices, *formats, rows=rows, columns=columns)
+    shape, shape_t = x_hp.shape, x_hp.mT.shape
+    if rows:
+        data, x_scale = data.view(shape), x_scale.view(scale_shape(shape, BLOCKWISE_1X32))
+    if columns:
+        data_t, x_scale_t = data_t.view(shape_t), x_scale_t.view(scale_shape(shape_t, BLOCKWISE_1X32))
+    return data, x_scale, data_t, x_scale_t
+
+
 def _fake(
     x_hp: torch.Tensor, element: str, scale: str, rounding: str, hadamard: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -138,6 +220,8 @@ def _fake_both(
 
 LIBRARY.impl("mx_cast", _reference, "CompositeExplicitAutograd")
 LIBRARY.impl("mx_cast", _cpu, "CPU")
+LIBRARY.impl("mx_cast", _cuda, "CUDA")
 torch.library.register_fake("aotrain::mx_cast", _fake, lib=LIBRARY)
 LIBRARY.impl("mx_cast_both", _two_casts, "CompositeExplicitAutograd")
+LIBRARY.impl("mx_cast_both", _cuda_both, "CUDA")
 torch.library.register_fake("aotrain::mx_cast_both", _fake_both, lib=LIBRARY)

@@ -25,7 +25,7 @@ from aotrain.formats.scaling import Block
 from aotrain.kernels import _cast_cpu
 from aotrain.kernels._dispatch import FLOAT8_CAPABILITY, MIN_CAPABILITY, triton_problem, warn_slow
 from aotrain.kernels._library import LIBRARY
-from aotrain.kernels.mx_cast import mx_cast, mx_cast_both
+from aotrain.kernels.mx_cast import mx_cast, mx_cast_both, mx_cast_gap
 
 LIBRARY.define(
     "scaled_cast(Tensor x_hp, str element, str scale, int block_rows, int block_columns)"
@@ -138,6 +138,8 @@ def _cuda(
 
 def cast_kernel_gap(scaling: Scaling) -> str | None:
     """What keeps a cast to this format from being one fused kernel on a GPU; None when it is one."""
+    if is_mx(scaling):
+        return mx_cast_gap(scaling)
     return _kernel_gap(scaling.element.name, scaling.scale.name, scaling.block)
 
 

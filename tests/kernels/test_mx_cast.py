@@ -1,5 +1,6 @@
 """mx_cast and mx_cast_both: the definition's bits, for every shape and layout."""
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,9 @@ import torch
 
 from aotrain.formats import FLOAT4_E2M1, FLOAT8_E4M3, SCALE_FORMATS, Scaling, quantize_mx
 from aotrain.formats.scaling import BLOCKWISE_1X32, ROWWISE
-from aotrain.kernels import mx_cast, mx_cast_both, scaled_cast, scaled_cast_both
+from aotrain.kernels import cast_kernel_gap, mx_cast, mx_cast_both, scaled_cast, scaled_cast_both
+from aotrain.kernels.mx_cast import _cuda, _cuda_both
+from aotrain.recipes import RECIPES
 from aotrain.testing import assert_bitwise_equal
 
 E4M3 = Scaling(element=FLOAT8_E4M3, scale=SCALE_FORMATS["e8m0_rceil"], block=BLOCKWISE_1X32)
@@ -37,6 +40,47 @@ def test_both_are_two_casts():
             assert_bitwise_equal(got.scale, want.scale)
 
 
+def _names(scaling: Scaling) -> tuple[str, str, str, int]:
+    return scaling.element.name, scaling.scale.name, scaling.rounding, scaling.hadamard
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("name", ["mxfp8", "mxfp8_gw_hp", "mxfp4"])
+def test_gpu_implementation_has_a_kernel_for_every_cast_that_rounds_to_nearest(name: str):
+    x = torch.randn(40, 36).bfloat16()
+    recipe = RECIPES[name]
+    scalings = {s for gemm in (recipe.output, recipe.grad_input, recipe.grad_weight) for s in (gemm.lhs, gemm.rhs) if s}
+    for scaling in scalings:
+        slow = scaling.rounding == "stochastic" or scaling.hadamard > 0
+        assert (cast_kernel_gap(scaling) is not None) == slow
+        for operand in (x, x.t(), x.view(2, 20, 36), x[:, ::2], x[:0]):
+            want = quantize_mx(operand.contiguous(), scaling)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore" if slow else "error")
+                data, scale = _cuda(operand, *_names(scaling))
+            assert_bitwise_equal(data, want.data)
+            assert_bitwise_equal(scale, want.scale)
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("scaling_t", [E4M3, E2M1], ids=str)
+@pytest.mark.parametrize("view", [lambda x: x, lambda x: x.t().contiguous().t(), lambda x: x[:0]])
+def test_gpu_implementation_of_both(view, scaling_t: Scaling):
+    x = view(torch.randn(37, 70))
+    got = _cuda_both(x, *_names(E4M3), *_names(scaling_t))
+    q, q_t = quantize_mx(x, E4M3), quantize_mx(x.t().contiguous(), scaling_t)
+    for one, want in zip(got, (q.data, q.scale, q_t.data, q_t.scale), strict=True):
+        assert_bitwise_equal(one, want)
+
+
+def test_gpu_implementation_without_a_kernel_warns_once():
+    with pytest.warns(UserWarning, match=r"aotrain::mx_cast .*slower.*float6_e3m2fn"):
+        _cuda(torch.randn(4, 32), "float6_e3m2fn", "e8m0_floor", "nearest", 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _cuda(torch.randn(4, 32), "float6_e3m2fn", "e8m0_floor", "nearest", 0)
+
+
 def test_what_is_not_mx_is_refused():
     with pytest.raises(ValueError, match="want blocks of 1x32"):
         mx_cast(torch.ones(2, 2), replace(E4M3, block=ROWWISE))
@@ -44,6 +88,6 @@ def test_what_is_not_mx_is_refused():
 
 @pytest.mark.parametrize("scaling", SCALINGS, ids=str)
 def test_opcheck(scaling: Scaling):
-    names = (scaling.element.name, scaling.scale.name, scaling.rounding, scaling.hadamard)
+    names = _names(scaling)
     torch.library.opcheck(torch.ops.aotrain.mx_cast, (torch.randn(5, 40), *names))
     torch.library.opcheck(torch.ops.aotrain.mx_cast_both, (torch.randn(5, 40), *names, *names))

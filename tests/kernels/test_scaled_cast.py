@@ -120,7 +120,7 @@ def test_gpu_implementation_runs_the_kernel_on_any_shape(
 
 
 @pytest.mark.usefixtures("interpreter")
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [name for name in RECIPES if not name.startswith("mx")])
 def test_gpu_implementation_has_a_kernel_for_every_cast_of_the_recipe(name: str) -> None:
     x = torch.randn(40, 36).bfloat16()
     with warnings.catch_warnings():

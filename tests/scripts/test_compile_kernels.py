@@ -26,7 +26,9 @@ def test_all_kernels_compile_without_spills(tmp_path):
     # All loads and stores are vectors, and what a transposition exchanges are 16-bit elements; of a 32-bit x, codes.
     by_bytes = {row["variant"] for row in casts if int(row["byte_accesses"])}
     assert all(name.startswith("fp32") or name.endswith("ragged") for name in by_bytes), by_bytes
-    assert all(50 < int(row["instructions"]) < 2200 for row in rows if row not in nvfp4)
+    # 64 elements per thread, for each of two outputs; the codes of e2m1 are made of integers, 15 instructions each.
+    most = {"mx_cast": 4800}
+    assert all(50 < int(row["instructions"]) < most.get(row["kernel"], 2200) for row in rows if row not in nvfp4)
     # Sixteen rows at a time, with noise; scales are bytes, and cross to their rows as such.
     assert all(50 < int(row["instructions"]) < 4000 and int(row["byte_accesses"]) <= 12 for row in nvfp4)
     recorded = ROOT / "benchmarks" / "results" / "aot_kernels.csv"

@@ -12,6 +12,9 @@ import triton.language as tl
 _AMAX_MIN = tl.constexpr(1e-12)
 _MAGNITUDE_MASK = tl.constexpr(0x7FFFFFFF)
 _EXPONENT_MASK = tl.constexpr(0x7F800000)
+_MANTISSA_MASK = tl.constexpr(0x007FFFFF)
+_HALF_OF_SMALLEST_NORMAL = tl.constexpr(0x00400000)
+_ONE_BITS = tl.constexpr(0x3F800000)
 _NAN_BITS = tl.constexpr(0x7FC00000)
 # The positive quiet NaN of both e4m3fn and e5m2.
 _FLOAT8_NAN_CODE = tl.constexpr(0x7F)
@@ -63,3 +66,53 @@ def saturating_cast(x, ELEMENT: tl.constexpr, ELEMENT_MAX: tl.constexpr):
         clamped = tl.clamp(tl.where(x != x, 0.0, x), -ELEMENT_MAX, ELEMENT_MAX)
         return (clamped + _SPACING_OF_ONE).to(tl.int32, bitcast=True).to(tl.int8)
     return tl.clamp(x, -ELEMENT_MAX, ELEMENT_MAX, propagate_nan=tl.PropagateNan.ALL).to(ELEMENT)
+
+
+@triton.jit
+def e8m0_from_amax_bits(
+    amax_bits,
+    ROUNDING: tl.constexpr,
+    ELEMENT_MAX_INVERSE: tl.constexpr,
+    MAX_EXPONENT: tl.constexpr,
+    MANTISSA_BITS: tl.constexpr,
+):
+    """E8M0 byte, as int32, of blocks whose largest magnitude has the given bits: formats.e8m0.
+
+    All of it on the bits, but for the one product of `rceil`; ROUNDING is one of formats.e8m0.E8M0_ROUNDINGS.
+    """
+    if ROUNDING == "rceil":
+        inverse = tl.full(amax_bits.shape, ELEMENT_MAX_INVERSE, tl.float32)
+        bits = (amax_bits.to(tl.float32, bitcast=True) * inverse).to(tl.int32, bitcast=True)
+        exponent = bits >> 23
+        byte = exponent + ((bits & _MANTISSA_MASK) > tl.where(exponent == 0, _HALF_OF_SMALLEST_NORMAL, 0)).to(tl.int32)
+    else:
+        bits = amax_bits
+        if ROUNDING == "even":
+            bits = bits + (1 << (22 - MANTISSA_BITS))
+        byte = bits >> 23
+        if ROUNDING == "ceil":
+            byte += ((bits & _MANTISSA_MASK) != 0).to(tl.int32)
+        byte = tl.maximum(byte - MAX_EXPONENT, 0)
+    return tl.where(amax_bits < _EXPONENT_MASK, byte, 255)
+
+
+@triton.jit
+def e8m0_inverse(byte):
+    """formats.e8m0.e8m0_inverse: the float32 2^(127 - byte) of int32 bytes, NaN for 255."""
+    bits = tl.where(byte < 254, (254 - byte) << 23, _HALF_OF_SMALLEST_NORMAL)
+    return tl.where(byte == 255, _NAN_BITS, bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def e2m1_code(x, ELEMENT_MAX: tl.constexpr):
+    """formats.round_nearest for e2m1: the code of each float32, as int32.
+
+    Adding 2^22 times the power of two below x, or below 1, leaves the number of steps in the low bits of the sum,
+    rounded to nearest, ties to even.
+    """
+    bits = x.to(tl.int32, bitcast=True)
+    magnitude = tl.minimum(bits & _MAGNITUDE_MASK, tl.full(x.shape, ELEMENT_MAX, tl.float32).to(tl.int32, bitcast=True))
+    exponent = tl.maximum(magnitude & _EXPONENT_MASK, _ONE_BITS)
+    total = magnitude.to(tl.float32, bitcast=True) + (exponent + (22 << 23)).to(tl.float32, bitcast=True)
+    code = (total.to(tl.int32, bitcast=True) + (exponent >> 22)) - (_ONE_BITS >> 22)
+    return tl.where(x != x, 0, (code & 7) | ((bits >> 28) & 8))
