@@ -148,6 +148,7 @@ PUBLIC = {
         "mx_cast",
         "mx_cast_both",
         "mx_mm",
+        "mx_mm_problem",
         "native_scaled_mm_problem",
         "nvfp4_cast",
         "nvfp4_cast_both",

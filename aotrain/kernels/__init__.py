@@ -8,7 +8,7 @@ device, and, where there is one, a faster implementation for CUDA (Triton) or CP
 from aotrain.kernels.nvfp4_cast import Nvfp4Operand, nvfp4_cast, nvfp4_cast_both
 from aotrain.kernels.nvfp4_mm import nvfp4_mm
 from aotrain.kernels.mx_cast import mx_cast, mx_cast_both
-from aotrain.kernels.mx_mm import mx_mm
+from aotrain.kernels.mx_mm import mx_mm, mx_mm_problem
 from aotrain.kernels.scaled_cast import cast_kernel_gap, scaled_cast, scaled_cast_both
 from aotrain.kernels.scaled_cast_after import scaled_cast_after
 from aotrain.kernels.scaled_mm import float8_problem, native_scaled_mm_problem, scaled_mm
@@ -25,6 +25,7 @@ __all__ = [
     "mx_cast",
     "mx_cast_both",
     "mx_mm",
+    "mx_mm_problem",
     "native_scaled_mm_problem",
     "nvfp4_cast",
     "nvfp4_cast_both",

@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 
 import aotrain.kernels
-from aotrain.formats import INT8
-from aotrain.kernels import native_scaled_mm_problem, scaled_cast, scaled_cast_both, scaled_mm
+from aotrain.formats import INT8, is_mx
+from aotrain.kernels import mx_mm_problem, native_scaled_mm_problem, scaled_cast, scaled_cast_both, scaled_mm
 from aotrain.kernels.grouped_cast import grouped_cast, grouped_cast_t
 from aotrain.kernels.groups import group_layout
 from aotrain.kernels.scaled_grouped_mm import (
@@ -95,7 +95,11 @@ class Measured:
         for gemm in (recipe.output, recipe.grad_input, recipe.grad_weight):
             if gemm.lhs is None or gemm.lhs.element == INT8:
                 continue
-            problem = native_scaled_mm_problem(self.device, gemm_block(gemm))
+            if gemm.rhs is not None and is_mx(gemm.lhs):
+                elements = gemm.lhs.element.name, gemm.rhs.element.name
+                problem = mx_mm_problem(self.device, *elements, torch.bfloat16)
+            else:
+                problem = native_scaled_mm_problem(self.device, gemm_block(gemm))
             if problem is not None:
                 return problem
         return None
