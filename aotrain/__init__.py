@@ -1,7 +1,8 @@
-"""Training-time low precision for PyTorch: float8 linear training and low-bit optimizers.
+"""Training-time low precision for PyTorch: float8 and MX linear training and low-bit optimizers.
 
     from aotrain import convert_to_float8_training, Float8LinearConfig
     from aotrain.optim import AdamW8bit
+    from aotrain.quantization import quantize_
 
 Importing this package touches no device, compiles nothing and reads no environment. Names are loaded on first use, so
 the command line can check a job file before torch is imported.
@@ -21,9 +22,11 @@ if TYPE_CHECKING:
         ScalingType,
         conversion_report,
         convert_to_float8_training,
+        convert_to_mx_training,
         unconvert,
     )
     from aotrain.optim import AdamW8bit
+    from aotrain.quantization import quantize_
     from aotrain.recipes import RECIPES, get_recipe
 
 __version__ = "0.1.0"
@@ -40,7 +43,9 @@ _MODULE_OF_NAME = {
     "ScalingType": "aotrain.nn",
     "conversion_report": "aotrain.nn",
     "convert_to_float8_training": "aotrain.nn",
+    "convert_to_mx_training": "aotrain.nn",
     "get_recipe": "aotrain.recipes",
+    "quantize_": "aotrain.quantization",
     "unconvert": "aotrain.nn",
 }
 
@@ -57,7 +62,9 @@ __all__ = [
     "__version__",
     "conversion_report",
     "convert_to_float8_training",
+    "convert_to_mx_training",
     "get_recipe",
+    "quantize_",
     "unconvert",
 ]
 

@@ -18,6 +18,7 @@ ALLOWED = {
     "kernels": {"formats", "_build"},
     "ops": {"formats", "recipes", "kernels"},
     "nn": {"gpus", "formats", "recipes", "kernels", "ops"},
+    "quantization": {"formats", "recipes", "kernels", "ops", "nn"},
     "optim": {"formats", "kernels"},
     "testing": {"formats"},
     "integrations": {"gpus", "formats", "recipes", "kernels", "ops", "nn", "optim"},

@@ -3,6 +3,7 @@
 from aotrain.nn.checkpointing import save_products
 from aotrain.nn.convert import convert_to_float8_training, unconvert
 from aotrain.nn.expert_parallel import ExpertParallel
+from aotrain.nn.convert import convert_to_float8_training, convert_to_mx_training, unconvert
 from aotrain.nn.filters import auto_filter_for_recipe
 from aotrain.nn.float8_config import (
     CastConfig,
@@ -15,6 +16,16 @@ from aotrain.nn.float8_config import (
 from aotrain.nn.float8_linear import Float8Linear
 from aotrain.nn.fsdp_wrap import precompute_float8_dynamic_scale_for_fsdp
 from aotrain.nn.nvfp4_linear import NVFP4Linear, NVFP4TrainingConfig
+from aotrain.nn.mx_config import (
+    Float8TrainingOpConfig,
+    Float8TrainingRecipe,
+    KernelPreference,
+    MXFP8TrainingOpConfig,
+    MXFP8TrainingRecipe,
+    MXLinearConfig,
+    ScaleCalculationMode,
+)
+from aotrain.nn.mx_linear import MXFP8Linear, MXLinear
 from aotrain.nn.plan import Plan, PlanRow, make_plan
 from aotrain.nn.report import Report, ReportRow, conversion_report
 from aotrain.nn.tail_filter import keep_tail_layers
@@ -26,17 +37,27 @@ __all__ = [
     "Float8Linear",
     "Float8LinearConfig",
     "Float8LinearRecipeName",
+    "Float8TrainingOpConfig",
+    "Float8TrainingRecipe",
+    "KernelPreference",
+    "MXFP8Linear",
+    "MXFP8TrainingOpConfig",
+    "MXFP8TrainingRecipe",
+    "MXLinear",
+    "MXLinearConfig",
     "NVFP4Linear",
     "NVFP4TrainingConfig",
     "Plan",
     "PlanRow",
     "Report",
     "ReportRow",
+    "ScaleCalculationMode",
     "ScalingGranularity",
     "ScalingType",
     "auto_filter_for_recipe",
     "conversion_report",
     "convert_to_float8_training",
+    "convert_to_mx_training",
     "keep_tail_layers",
     "make_plan",
     "precompute_float8_dynamic_scale_for_fsdp",

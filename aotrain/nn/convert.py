@@ -9,8 +9,10 @@ import torch
 
 from aotrain.nn.filters import ModuleFilter
 from aotrain.nn.float8_config import Float8LinearConfig
-from aotrain.nn.float8_linear import Float8Linear, clone_as
+from aotrain.nn.float8_linear import Float8Linear, LayerConfig, clone_as
 from aotrain.nn.fsdp_wrap import unwrap_weights, wrap_weights
+from aotrain.nn.mx_config import MXFP8TrainingOpConfig, MXLinearConfig
+from aotrain.nn.mx_linear import MXFP8Linear, MXLinear, linear_config
 from aotrain.nn.report import Report, ReportRow, attach_report
 from aotrain.recipes import LinearRecipe
 
@@ -46,16 +48,53 @@ def convert_to_float8_training(
             rejected every one.
     """
     config = Float8LinearConfig() if config is None else config
+    return convert_linears(module, Float8Linear, config, module_filter_fn, title="float8 training")
+
+
+def convert_to_mx_training(
+    module: torch.nn.Module,
+    recipe: MXLinearConfig | MXFP8TrainingOpConfig | str = "mxfp8",
+    *,
+    module_filter_fn: ModuleFilter | None = None,
+) -> torch.nn.Module:
+    """Convert a model's linear layers to MX training, in place.
+
+    What holds for `convert_to_float8_training` holds here. Both may convert layers of one model, in any order; a layer
+    that both are asked to convert is what the last one made it.
+
+    Args:
+        module: the model, on any device, meta included.
+        recipe: "mxfp8", "mxfp8_gw_hp" or "mxfp4", or a configuration.
+        module_filter_fn: `(linear, dotted name) -> bool`, which layers to convert; default all.
+
+    Returns:
+        The same module; a new one only when `module` itself is a linear layer.
+
+    Raises:
+        ValueError: an unknown recipe or one that is not MX, or no layer was converted and none had been before.
+    """
+    return convert_linears(module, MXLinear, linear_config(recipe), module_filter_fn, title="MX training")
+
+
+def convert_linears(
+    module: torch.nn.Module,
+    cls: type[Float8Linear],
+    config: LayerConfig,
+    module_filter_fn: ModuleFilter | None,
+    *,
+    title: str,
+) -> torch.nn.Module:
+    """Swap linear layers for ones of `cls`; what the conversions have in common. `title` names it in the report."""
     rows: list[ReportRow] = []
 
     def convert(linear: torch.nn.Linear, fqn: str) -> torch.nn.Linear:
         decision = _decide(linear, fqn, module_filter_fn, config)
         rows.append(ReportRow(fqn, decision.kind, decision.reason))
-        return Float8Linear._sharing(linear, config) if decision.swap else linear
+        return cls._sharing(linear, config) if decision.swap else linear
 
     module = _swap_linears(module, convert)
     wrap_weights(module)
-    report = Report("float8 training", tuple(rows))
+    report = Report(title, tuple(rows))
     if not report.converted:
         raise ValueError(_nothing_converted(report))
     attach_report(module, report)
@@ -64,7 +103,7 @@ def convert_to_float8_training(
 
 
 def unconvert(module: torch.nn.Module) -> torch.nn.Module:
-    """Turn every `Float8Linear` back into `nn.Linear` with the same parameters, in place.
+    """Turn every `Float8Linear` and `MXLinear` back into `nn.Linear` with the same parameters, in place.
 
     Returns:
         The same module; a new one only when `module` itself is a `Float8Linear`.
@@ -76,7 +115,7 @@ def unconvert(module: torch.nn.Module) -> torch.nn.Module:
 
     def restore(linear: torch.nn.Linear, fqn: str) -> torch.nn.Linear:
         nonlocal count
-        if type(linear) is not Float8Linear:
+        if type(linear) not in (Float8Linear, MXLinear, MXFP8Linear):
             return linear
         count += 1
         plain = clone_as(linear, torch.nn.Linear)
@@ -102,7 +141,7 @@ def _decide(
     linear: torch.nn.Linear,
     fqn: str,
     module_filter_fn: ModuleFilter | None,
-    config: Float8LinearConfig | LinearRecipe,
+    config: LayerConfig,
 ) -> _Decision:
     if isinstance(linear, Float8Linear) and linear.config == config:
         return _Decision("converted", "already converted with this configuration")
@@ -131,8 +170,8 @@ def _swap_linears(module: torch.nn.Module, build: Callable[[torch.nn.Linear, str
 
 def _nothing_converted(report: Report) -> str:
     if not report.rows:
-        return "convert_to_float8_training found no nn.Linear in the model; there is nothing to convert."
+        return f"{report.title}: found no nn.Linear in the model; there is nothing to convert."
     return (
-        f"convert_to_float8_training converted none of the model's {len(report.rows)} linear layers:\n{report}\n"
+        f"{report.title}: converted none of the model's {len(report.rows)} linear layers:\n{report}\n"
         "Check module_filter_fn: it is called as (module, dotted name) and must return True for at least one layer."
     )

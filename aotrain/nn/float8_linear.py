@@ -9,10 +9,12 @@ from aotrain.nn.fsdp_weight import fsdp_weight_of
 from aotrain.nn.fsdp_wrap import plain_tensor, wrap_weights
 from aotrain.nn.gathered_weight import Planes, planes_of, traced_cast_weight
 from aotrain.nn.input_casts import SharedInputCasts
+from aotrain.nn.mx_config import MXLinearConfig
 from aotrain.nn.weight_casts import WeightCastCache
 from aotrain.ops import WeightCasts, cast_operand, cast_weight, scaled_linear
 from aotrain.recipes import GemmRecipe, LinearRecipe
 
+LayerConfig = Float8LinearConfig | MXLinearConfig | LinearRecipe
 ModuleT = TypeVar("ModuleT", bound=torch.nn.Module)
 
 
@@ -29,7 +31,7 @@ class Float8Linear(torch.nn.Linear):
         **kwargs: keyword arguments of `nn.Linear`.
     """
 
-    config: Float8LinearConfig | LinearRecipe
+    config: LayerConfig
     recipe: LinearRecipe
     emulate: bool
     save_for_backward: str
@@ -39,15 +41,13 @@ class Float8Linear(torch.nn.Linear):
     # What FSDP2 gathers; None: the weight in high precision.
     fsdp_planes: Planes | None
 
-    def __init__(
-        self, *args: Any, config: Float8LinearConfig | LinearRecipe, emulate: bool | None = None, **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, config: LayerConfig, emulate: bool | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._set_config(config, emulate)
         wrap_weights(self)
 
     @classmethod
-    def from_float(cls, mod: torch.nn.Linear, config: Float8LinearConfig | LinearRecipe | None = None) -> Self:
+    def from_float(cls, mod: torch.nn.Linear, config: LayerConfig | None = None) -> Self:
         """A Float8Linear with the same Parameter objects, hooks, buffers and training flag as `mod`.
 
         With enable_fsdp_float8_all_gather the weight is a new Parameter of the same memory.
@@ -57,7 +57,7 @@ class Float8Linear(torch.nn.Linear):
         return new
 
     @classmethod
-    def _sharing(cls, mod: torch.nn.Linear, config: Float8LinearConfig | LinearRecipe) -> Self:
+    def _sharing(cls, mod: torch.nn.Linear, config: LayerConfig) -> Self:
         new = clone_as(mod, cls)
         new._set_config(config, None)
         return new
@@ -85,7 +85,7 @@ class Float8Linear(torch.nn.Linear):
         gemms = {name: getattr(self.recipe, name) for name in ("output", "grad_input", "grad_weight")}
         return ", ".join([super().extra_repr(), *(f"{name}=({_short(gemm)})" for name, gemm in gemms.items())])
 
-    def _set_config(self, config: Float8LinearConfig | LinearRecipe, emulate: bool | None) -> None:
+    def _set_config(self, config: LayerConfig, emulate: bool | None) -> None:
         self.config = config
         if isinstance(config, LinearRecipe):
             self.recipe, settings = config, Float8LinearConfig()

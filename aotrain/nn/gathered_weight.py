@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
-from aotrain.formats import ScaledTensor, Scaling, dequantize
+from aotrain.formats import ScaledTensor, Scaling, dequantize, is_mx
 from aotrain.nn.gathered_plane import GatheredPlane, gathered_codes
 from aotrain.ops import cast_weight
 from aotrain.recipes import LinearRecipe, transposed_scaling
@@ -40,8 +40,13 @@ def planes_of(recipe: LinearRecipe) -> Planes:
     """The planes of a recipe.
 
     Raises:
-        ValueError: a product that uses the weight stays in high precision.
+        ValueError: a product that uses the weight stays in high precision, or is in MX.
     """
+    if any(scaling is not None and is_mx(scaling) for scaling in (recipe.output.rhs, recipe.grad_input.rhs)):
+        raise ValueError(
+            "enable_fsdp_float8_all_gather got an MX recipe, whose weights FSDP2 gathers in high precision; set it to "
+            "False."
+        )
     if recipe.output.rhs is None or recipe.grad_input.rhs is None:
         raise ValueError(
             f"enable_fsdp_float8_all_gather got output ({recipe.output}) and grad_input ({recipe.grad_input}); want "

@@ -67,6 +67,6 @@ def conversion_report(model: torch.nn.Module) -> Report:
     if report is None:
         raise ValueError(
             f"No conversion report on this {type(model).__name__}; pass the module that was given to "
-            "convert_to_float8_training (or the one it returned)."
+            "the conversion (or the one it returned)."
         )
     return report
