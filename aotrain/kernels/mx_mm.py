@@ -104,17 +104,17 @@ def _probe(device: torch.device, a_element: str, b_element: str, mm_dtype: torch
     if not {a_element, b_element} <= set(_NATIVE_ELEMENTS):
         return f"has no MX product of {a_element} and {b_element}"
     columns, rows, contracted = _PROBE_SIZES
-    operands = []
+    operands: list[tuple[torch.Tensor, torch.Tensor, str]] = []
     for size, element, step in ((rows, a_element, 7), (columns, b_element, 11)):
         # From 0 to about 1, or 6 in e2m1: what is in the wrong place is not lost in a cancellation.
         number = torch.arange(size * contracted, device=device).view(size, contracted)
         codes = (number * step % (8 if element == "float4_e2m1fn" else 61)).to(torch.uint8)
         codes = codes.view(ELEMENT_FORMATS[element].dtype)
         block = torch.arange(size * contracted // 32, device=device).view(size, contracted // 32)
-        operands += [codes, (block * 5 % 9 + 123).to(torch.uint8), element]
+        operands.append((codes, (block * 5 % 9 + 123).to(torch.uint8), element))
     try:
-        got = _native(*operands, mm_dtype)
-        want = _emulated(*operands, torch.float32)
+        got = _native(*operands[0], *operands[1], mm_dtype)
+        want = _emulated(*operands[0], *operands[1], torch.float32)
         wrong = ~((got.float() - want).abs() <= _PROBE_TOLERANCE * want.abs().amax())
         return "computes MX products wrongly" if bool(wrong.any()) else None
     except (RuntimeError, ValueError, NotImplementedError) as error:

@@ -88,7 +88,7 @@ def e8m0_from_amax_bits(
     else:
         bits = amax_bits
         if ROUNDING == "even":
-            bits = bits + (1 << (22 - MANTISSA_BITS))
+            bits = bits + (_HALF_OF_SMALLEST_NORMAL >> MANTISSA_BITS)
         byte = bits >> 23
         if ROUNDING == "ceil":
             byte += ((bits & _MANTISSA_MASK) != 0).to(tl.int32)
