@@ -25,7 +25,7 @@ from aotrain.kernels import scaled_cast, scaled_cast_both
 from aotrain.testing import assert_bitwise_equal
 from benchmarks.case import Case
 from benchmarks.float8 import float8_cases
-from benchmarks.grouped import grouped_cases
+from benchmarks.moe import moe_cases
 from benchmarks.optim import optim_cases
 from benchmarks.routing import routing_cases
 
@@ -100,7 +100,7 @@ def _copy(x: torch.Tensor) -> Case:
 BENCHMARKS: dict[str, Callable[[torch.device], Iterator[Case]]] = {
     "scaled_cast": scaled_cast_cases,
     "float8": float8_cases,
-    "grouped": grouped_cases,
+    "moe": moe_cases,
     "optim": optim_cases,
     "routing": routing_cases,
 }

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from aotrain.recipes import RECIPES
-from benchmarks import float8, grouped, registry, routing, run
+from benchmarks import float8, moe, registry, routing, run
 from benchmarks.case import Case
 
 ORIGIN = ("hardware", "driver", "torch", "triton", "commit")
@@ -134,10 +134,18 @@ def test_bytes_that_a_cast_must_move(small):
     assert cases["scaled_cast-1x128-both"] == 4 * elements + 2 * 4 * elements / 128
 
 
-def test_grouped_measures_our_recipes_beside_torch(tmp_path, monkeypatch):
-    monkeypatch.setattr(grouped, "CPU_SHAPES", ((96, 4, 64, 48),))
-    assert run.main(["grouped", "--out", str(tmp_path), "--repeats", "2"]) == 0
-    rows = list(csv.DictReader((tmp_path / "grouped.csv").open()))
-    names = ["bf16", "aotrain-rowwise", "aotrain-rowwise_with_gw_hp", "aotrain-blockwise"]
-    assert [row["case"] for row in rows] == [f"grouped-{name}" for name in names]
-    assert {row["shape"] for row in rows} == {"96x64x48-4-experts"}
+def test_moe_measures_our_recipes_beside_torch(tmp_path, monkeypatch):
+    monkeypatch.setattr(moe, "CPU_SHAPES", ((256, 64, 48, 4),))
+    assert run.main(["moe", "--out", str(tmp_path), "--repeats", "2"]) == 0
+    rows = list(csv.DictReader((tmp_path / "moe.csv").open()))
+    names = ["moe-bf16", *(f"moe-aotrain-{name}" for name in moe.MOE_RECIPES)]
+    assert [row["case"] for row in rows][: len(names)] == names
+    assert {row["shape"] for row in rows} == {"256x64x48x4"}
+
+
+def test_uneven_groups_share_all_tokens_in_multiples_of_32():
+    for experts in (1, 2, 8):
+        ends = moe.uneven_offsets(1024, experts, torch.device("cpu"))
+        sizes = ends.diff(prepend=torch.zeros(1, dtype=torch.int32))
+        assert (ends.dtype, ends[-1], len(ends)) == (torch.int32, 1024, experts)
+        assert bool(((sizes > 0) & (sizes % 32 == 0)).all())
