@@ -1,9 +1,8 @@
 """Modules and model conversion. A converted model keeps its Parameters, their names and its state_dict."""
 
 from aotrain.nn.checkpointing import save_products
-from aotrain.nn.convert import convert_to_float8_training, unconvert
-from aotrain.nn.expert_parallel import ExpertParallel
 from aotrain.nn.convert import convert_to_float8_training, convert_to_mx_training, unconvert
+from aotrain.nn.expert_parallel import ExpertParallel
 from aotrain.nn.filters import auto_filter_for_recipe
 from aotrain.nn.float8_config import (
     CastConfig,
@@ -15,7 +14,6 @@ from aotrain.nn.float8_config import (
 )
 from aotrain.nn.float8_linear import Float8Linear
 from aotrain.nn.fsdp_wrap import precompute_float8_dynamic_scale_for_fsdp
-from aotrain.nn.nvfp4_linear import NVFP4Linear, NVFP4TrainingConfig
 from aotrain.nn.mx_config import (
     Float8TrainingOpConfig,
     Float8TrainingRecipe,
@@ -26,6 +24,7 @@ from aotrain.nn.mx_config import (
     ScaleCalculationMode,
 )
 from aotrain.nn.mx_linear import MXFP8Linear, MXLinear
+from aotrain.nn.nvfp4_linear import NVFP4Linear, NVFP4TrainingConfig
 from aotrain.nn.plan import Plan, PlanRow, make_plan
 from aotrain.nn.report import Report, ReportRow, conversion_report
 from aotrain.nn.tail_filter import keep_tail_layers

@@ -77,6 +77,11 @@ class MXLinearConfig:
         """FSDP2 gathers these weights in high precision."""
         return False
 
+    @property
+    def caches_weight_casts(self) -> bool:
+        """Whether codes of a weight outlive a forward."""
+        return self.cache_weight_casts and self.save_for_backward != "recompute"
+
     def to_recipe(self) -> LinearRecipe:
         """The `LinearRecipe` this configuration means."""
         recipe = get_recipe(self.recipe) if isinstance(self.recipe, str) else self.recipe

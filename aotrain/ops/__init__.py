@@ -1,6 +1,6 @@
 """Autograd: the one layer that knows that a linear layer is three matrix products."""
 
-from aotrain.ops.scaled_grouped_mm import scaled_grouped_mm
+from aotrain.ops.nvfp4_linear import Nvfp4Recipe, nvfp4_linear
 from aotrain.ops.permute import (
     generate_permute_indices,
     pad_token_groups,
@@ -19,7 +19,7 @@ from aotrain.ops.quantized_all_to_all import (
     dequantize_rows,
     permute_quantized,
 )
-from aotrain.ops.nvfp4_linear import Nvfp4Recipe, nvfp4_linear
+from aotrain.ops.scaled_grouped_mm import scaled_grouped_mm
 from aotrain.ops.scaled_linear import (
     OperandCasts,
     QuantizedWeight,

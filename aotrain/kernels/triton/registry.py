@@ -21,16 +21,21 @@ from aotrain.formats import (
 )
 from aotrain.formats.scaling import Block
 from aotrain.kernels.adam import AdamScalars
-from aotrain.kernels.triton import _adam_launch, scaled_cast, scaled_cast_tiles, sum_rows, token_permute
-from aotrain.kernels.triton import _adam_launch, registry_nvfp4, scaled_cast, scaled_cast_tiles
-from aotrain.kernels.triton import _adam_launch, mx_cast, scaled_cast, scaled_cast_tiles
+from aotrain.kernels.triton import (
+    _adam_launch,
+    mx_cast,
+    registry_nvfp4,
+    scaled_cast,
+    scaled_cast_tiles,
+    sum_rows,
+    token_permute,
+)
 from aotrain.kernels.triton._adam_launch import FLOAT32_BLOCK, Class
 from aotrain.kernels.triton.adam import adam_kernel
 from aotrain.kernels.triton.kernel_variant import POINTER_OF_ELEMENT, KernelVariant
 from aotrain.kernels.triton.registry_grouped import GROUPED_KERNELS
 
-_POINTER_OF_ELEMENT = {"float8_e4m3fn": "*fp8e4nv", "float8_e5m2": "*fp8e5", "int8": "*i8"}
-_MX_POINTER_OF_ELEMENT = _POINTER_OF_ELEMENT | {"float4_e2m1fn": "*u8"}
+_MX_POINTER = POINTER_OF_ELEMENT | {"float4_e2m1fn": "*u8"}
 _AMAX_FLAGS = {"OF_TENSOR": TENSORWISE, "OF_ROWS": ROWWISE, "OF_COLUMNS": COLWISE}
 
 
@@ -146,10 +151,14 @@ def sums_of_rows() -> Iterator[KernelVariant]:
             aligned=(*pointers, *sizes),
             num_warps=token_permute.NUM_WARPS,
         )
+
+
 def nvfp4_cast() -> Iterator[KernelVariant]:
     """Measuring, and casting along and across the contiguous dimension."""
     for fields in registry_nvfp4.variants():
         yield KernelVariant(**fields)
+
+
 def mx_casts() -> Iterator[KernelVariant]:
     """Each way to cast to mxfp8 and mxfp4 from bfloat16, into row-major scales and into tiles; roundings and dtypes."""
     for rows, columns in ((True, False), (False, True), (True, True)):
@@ -294,7 +303,7 @@ def _mx(
         "BLOCK_M": tile.block_m,
         "BLOCK_K": tile.block_k,
     }
-    data = _MX_POINTER_OF_ELEMENT[element]
+    data = _MX_POINTER[element]
     names = ["rows"] * rows + ["columns"] * columns + ["blocked"] * blocked + ["ragged"] * ragged
     return _variant(
         "mx_cast",
