@@ -51,7 +51,7 @@ def shard(model: nn.Sequential, *, compiled: bool, backend: str = "aot_eager", *
     return fully_shard(model, mp_policy=POLICY, **options)
 
 
-def train(model: nn.Sequential, *, steps: int = 3) -> list[torch.Tensor]:
+def train(model: nn.Sequential, *, steps: int = 2) -> list[torch.Tensor]:
     """Outputs and gradients of steps of two passes each, and the weights after them."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
     seen = []
@@ -70,7 +70,7 @@ def train(model: nn.Sequential, *, steps: int = 3) -> list[torch.Tensor]:
 
 
 def assert_same(got: list[torch.Tensor], want: list[torch.Tensor], what: str) -> None:
-    assert len(got) == len(want) > 20
+    assert len(got) == len(want) > 16
     for number, (a, b) in enumerate(zip(got, want, strict=True)):
         assert_bitwise_equal(a, b, what=f"{what}, rank {dist.get_rank()}, result {number}")
 
@@ -120,16 +120,18 @@ def extra_gathers(rank: int, world_size: int) -> list[int]:
     return counts
 
 
-# Recipe, reshard_after_forward, checkpointed -> eager, compiled; of two blocks with two layers, in two passes.
+# Recipe, reshard_after_forward, checkpointed -> eager, and the most compiled; of two blocks of two layers, two passes.
 CASES_OF_GATHERS = {
     (ONE_PLANE, False, True): (0, 0),
     (TWO_PLANES, True, False): (0, 0),
     (TWO_PLANES, False, False): (8, 8),
-    # The compiler does not repeat a block's last product, which nothing in backward needs.
+    # A compiler does not repeat a block's last product, which nothing in backward needs; that of torch 2.11 none.
     (TWO_PLANES, True, True): (8, 4),
 }
 
 
 def test_a_compiled_block_gathers_no_more_than_an_eager_one():
     counts = iter(run_ranks(extra_gathers, 2)[0])
-    assert {case: (next(counts), next(counts)) for case in CASES_OF_GATHERS} == CASES_OF_GATHERS
+    for case, (eager, compiled_at_most) in CASES_OF_GATHERS.items():
+        assert next(counts) == eager, case
+        assert next(counts) <= compiled_at_most, case
