@@ -30,6 +30,7 @@ from aotrain.kernels.triton import (
     sum_rows,
     token_permute,
 )
+from aotrain.kernels.triton import _adam_launch, scaled_cast, scaled_cast_amax, scaled_cast_tiles
 from aotrain.kernels.triton._adam_launch import FLOAT32_BLOCK, Class
 from aotrain.kernels.triton.adam import adam_kernel
 from aotrain.kernels.triton.kernel_variant import POINTER_OF_ELEMENT, KernelVariant
@@ -222,13 +223,13 @@ def _rowwise(dtype: str, element: str, scale: str, config: scaled_cast.Config, r
 
 
 def _amax(dtype: str, blocks: tuple[Block, ...]) -> KernelVariant:
-    tile = scaled_cast_tiles.AMAX_TILE
+    tile = scaled_cast_amax.AMAX_TILE
     wanted = {name: block in blocks for name, block in _AMAX_FLAGS.items()}
     names = "-".join(name.removeprefix("OF_").lower() for name, on in wanted.items() if on)
     return _variant(
         "amax",
         f"{dtype}-{names}",
-        scaled_cast_tiles._amax_kernel,
+        scaled_cast_amax._amax_kernel,
         {"x_ptr": f"*{dtype}", **dict.fromkeys(("tensor_ptr", "rows_ptr", "columns_ptr"), "*i32")},
         ("M", "K", "stride_b", "stride_m", "rows_per_program"),
         wanted | {"LONG_OFFSETS": False, "BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k},

@@ -16,8 +16,7 @@ an H200: a 16-bit matrix of 4096 x 6144). Rows as they lie in memory have a kern
 (`scaled_cast_rowwise`); here they occur together with another output, or transposed.
 
 The transposition runs through shared memory, in the compiler's change of layout before the store, so that loads and
-stores both follow the contiguous dimension. Maxima meet in memory by atomic integer maxima, which give the same result
-in any order.
+stores both follow the contiguous dimension. The first read is `scaled_cast_amax`'s.
 
 This file does not do E8M0 scales, the fnuz formats or other blocks.
 """
@@ -30,6 +29,7 @@ from aotrain.formats import BLOCKWISE_1X128, BLOCKWISE_128X128, COLWISE, ROWWISE
 from aotrain.formats.scaling import Block, scale_shape
 from aotrain.kernels.triton._numerics import magnitude_bits, saturating_cast, scales_from_amax_bits
 from aotrain.kernels.triton.scaled_cast import Config, kernel_constants
+from aotrain.kernels.triton.scaled_cast_amax import long_offsets, matrix_maxima, tile_offsets
 
 # Blocks of an output, in its own coordinates.
 TILE_BLOCKS: tuple[Block, ...] = (TENSORWISE, ROWWISE, COLWISE, BLOCKWISE_1X128, (128, 1), BLOCKWISE_128X128)
@@ -39,70 +39,6 @@ TILE_BLOCKS: tuple[Block, ...] = (TENSORWISE, ROWWISE, COLWISE, BLOCKWISE_1X128,
 # (benchmarks/results/aot_kernels.csv, docs/LOG.md); not measured on a GPU yet.
 SQUARE_TILE = Config(128, 128, 8)
 WIDE_TILE = Config(128, 64, 4)
-# A program of the maximum goes down its columns tile by tile: the more, the fewer atomics, up to MAX_STEPS and as long
-# as that leaves ENOUGH_PROGRAMS to fill a GPU. Not measured yet.
-AMAX_TILE = Config(32, 128, 4)
-MAX_STEPS = 16
-ENOUGH_PROGRAMS = 1024
-
-
-@triton.jit
-def _tile_offsets(stride_m, stride_k, LONG: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Offsets of a tile's elements from its first one, in 32 bits unless LONG: half the registers of pointers."""
-    rows, columns = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
-    if LONG:
-        rows, columns = rows.to(tl.int64), columns.to(tl.int64)
-    return rows[:, None] * stride_m + columns[None, :] * stride_k
-
-
-@triton.jit
-def _amax_kernel(
-    x_ptr,  # [batch, M, K], any strides
-    tensor_ptr,  # [batch] int32, zeros
-    rows_ptr,  # [batch, M] int32, zeros
-    columns_ptr,  # [batch, K] int32, zeros
-    M,
-    K,
-    stride_b,
-    stride_m,
-    stride_k,
-    rows_per_program,
-    OF_TENSOR: tl.constexpr,
-    OF_ROWS: tl.constexpr,
-    OF_COLUMNS: tl.constexpr,
-    LONG_OFFSETS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Bits of the largest magnitudes of the whole matrix, of each row and of each column, as asked for.
-
-    2 bytes read per element of a 16-bit x, once for all three; besides, atomic maxima of 4 bytes per row and 128
-    columns, and per column and strip.
-    """
-    strips, column_tiles = tl.cdiv(M, rows_per_program), tl.cdiv(K, BLOCK_K)
-    program = tl.program_id(0)
-    # 64-bit from here on: M * K and the strides times them exceed 2^31 in large models.
-    batch = (program // (column_tiles * strips)).to(tl.int64)
-    first_row = program // column_tiles % strips * rows_per_program
-    first_column = (program % column_tiles).to(tl.int64) * BLOCK_K
-    columns = first_column + tl.arange(0, BLOCK_K)
-    offsets = _tile_offsets(stride_m, stride_k, LONG_OFFSETS, BLOCK_M, BLOCK_K)
-    x_strip = x_ptr + batch * stride_b + first_row.to(tl.int64) * stride_m + first_column * stride_k
-    long_stride_m = first_column * 0 + stride_m  # of 64 bits: a Python number has no type to convert
-    largest = tl.zeros((BLOCK_M, BLOCK_K), tl.int32)
-    for start in range(first_row, tl.minimum(first_row + rows_per_program, M), BLOCK_M):
-        rows = start + tl.arange(0, BLOCK_M)
-        mask = (rows < M)[:, None] & (columns < K)[None, :]
-        x = tl.load(x_strip + (start - first_row) * long_stride_m + offsets, mask=mask, other=0.0).to(tl.float32)
-        bits = magnitude_bits(x)
-        if OF_ROWS:
-            tl.atomic_max(rows_ptr + batch * M + rows, tl.max(bits, axis=1), mask=rows < M, sem="relaxed")
-        if OF_TENSOR or OF_COLUMNS:
-            largest = tl.maximum(largest, bits)
-    if OF_COLUMNS:
-        tl.atomic_max(columns_ptr + batch * K + columns, tl.max(largest, axis=0), mask=columns < K, sem="relaxed")
-    if OF_TENSOR:
-        tl.atomic_max(tensor_ptr + batch, tl.max(tl.max(largest, axis=1), axis=0), sem="relaxed")
 
 
 @triton.jit
@@ -215,7 +151,7 @@ def _scaled_cast_tiles_kernel(
     rows, columns = first_row + tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_K)
     mask = (rows < M)[:, None] & (columns < K)[None, :]
     x_tile = x_ptr + batch * stride_b + first_row * stride_m + first_column * stride_k
-    x_offsets = _tile_offsets(stride_m, stride_k, LONG_OFFSETS, BLOCK_M, BLOCK_K)
+    x_offsets = tile_offsets(stride_m, stride_k, LONG_OFFSETS, BLOCK_M, BLOCK_K)
     x_hp = tl.load(x_tile + x_offsets, mask=mask, other=0.0)
 
     if COLUMNS_T == 1 and ROWS_T > 1:
@@ -231,7 +167,7 @@ def _scaled_cast_tiles_kernel(
         )
         data = saturating_cast(x * inv_scale, ELEMENT, ELEMENT_MAX)
         data_tile = data_ptr + batch * M * K + first_row * K + first_column
-        tl.store(data_tile + _tile_offsets(K, 1, LONG_OFFSETS, BLOCK_M, BLOCK_K), data, mask=mask)
+        tl.store(data_tile + tile_offsets(K, 1, LONG_OFFSETS, BLOCK_M, BLOCK_K), data, mask=mask)
         _store_scales(scale_ptr, scale, batch, row_tile, column_tile, M, K, ROWS, COLUMNS, BLOCK_M, BLOCK_K)
     if ROWS_T != 0:
         tl.debug_barrier()
@@ -265,7 +201,7 @@ def _scaled_cast_tiles_kernel(
             )
         data = saturating_cast(x * inv_scale, ELEMENT, ELEMENT_MAX)
         data_t_tile = data_t_ptr + batch * M * K + first_column * M + first_row
-        offsets_t = _tile_offsets(M, 1, LONG_OFFSETS, BLOCK_K, BLOCK_M)
+        offsets_t = tile_offsets(M, 1, LONG_OFFSETS, BLOCK_K, BLOCK_M)
         tl.store(data_t_tile + offsets_t, data, mask=(columns < K)[:, None] & (rows < M)[None, :])
         _store_scales(scale_t_ptr, scale, batch, column_tile, row_tile, K, M, COLUMNS_T, ROWS_T, BLOCK_K, BLOCK_M)
 
@@ -312,7 +248,7 @@ def scaled_cast_tiles(
     tile = select_tile(block, block_t, vectors=num_rows % 16 == 0 == num_columns % 16)
     tiles = batch * triton.cdiv(num_rows, tile.block_m) * triton.cdiv(num_columns, tile.block_k)
     with torch.cuda.device_of(x_hp):
-        amax = _amax(x_hp, {b for b in (block, block_t) if -1 in b})
+        amax = matrix_maxima(x_hp, {b for b in (block, block_t) if -1 in b})
         if block_t == (128, 1):  # room for those that cross within a program
             amax[block_t] = torch.empty(scale_t.shape, dtype=torch.int32, device=x_hp.device)
         _scaled_cast_tiles_kernel[(tiles,)](
@@ -322,7 +258,7 @@ def scaled_cast_tiles(
             *(num_rows, num_columns, *x_hp.stride()),
             *(*block, *block_t),
             **kernel_constants(element, scale_format),
-            LONG_OFFSETS=_long_offsets(x_hp, tile),
+            LONG_OFFSETS=long_offsets(x_hp, tile),
             BLOCK_M=tile.block_m,
             BLOCK_K=tile.block_k,
             num_warps=tile.num_warps,
@@ -338,12 +274,6 @@ def select_tile(*blocks: Block, vectors: bool = True) -> Config:
     return tile if vectors else tile._replace(num_warps=2 * tile.num_warps)
 
 
-def _long_offsets(x: torch.Tensor, tile: Config) -> bool:
-    """Whether elements of a tile of x, or of its contiguous copies, are 2^31 or more elements apart."""
-    steps = (*x.stride()[1:], *x.shape[1:])
-    return max(steps) * (tile.block_m + tile.block_k) >= 2**31
-
-
 def _outputs(
     x: torch.Tensor, shape: torch.Size, block: Block | None, element: ElementFormat
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -352,28 +282,3 @@ def _outputs(
         return torch.empty(0, dtype=element.dtype, device=x.device), torch.empty(0, device=x.device)
     scale = torch.empty(scale_shape(shape, block), dtype=torch.float32, device=x.device)
     return torch.empty(shape, dtype=element.dtype, device=x.device), scale
-
-
-def _amax(x: torch.Tensor, blocks: set[Block]) -> dict[Block, torch.Tensor]:
-    """Bits of the largest magnitudes of whole matrices, rows or columns, by block; one read of x for all of them."""
-    if not blocks:
-        return {}
-    batch, num_rows, num_columns = x.shape
-    counts = {TENSORWISE: batch, ROWWISE: batch * num_rows, COLWISE: batch * num_columns}
-    sizes = [count if block in blocks else 0 for block, count in counts.items()]
-    maxima = torch.zeros(sum(sizes), dtype=torch.int32, device=x.device).split(sizes)
-    column_tiles = triton.cdiv(num_columns, AMAX_TILE.block_k)
-    tiles = batch * column_tiles * triton.cdiv(num_rows, AMAX_TILE.block_m)
-    rows_per_program = AMAX_TILE.block_m * max(1, min(MAX_STEPS, tiles // ENOUGH_PROGRAMS))
-    _amax_kernel[(batch * column_tiles * triton.cdiv(num_rows, rows_per_program),)](
-        x,
-        *maxima,
-        *(num_rows, num_columns, *x.stride(), rows_per_program),
-        *(block in blocks for block in counts),
-        LONG_OFFSETS=_long_offsets(x, AMAX_TILE),
-        BLOCK_M=AMAX_TILE.block_m,
-        BLOCK_K=AMAX_TILE.block_k,
-        num_warps=AMAX_TILE.num_warps,
-        enable_fp_fusion=False,
-    )
-    return dict(zip(counts, maxima, strict=True))

@@ -20,6 +20,7 @@ from aotrain.formats import (
     quantize,
 )
 from aotrain.formats.scaling import Block
+from aotrain.kernels.triton import scaled_cast_amax
 from aotrain.kernels.triton import scaled_cast_tiles as kernels
 from aotrain.testing import adversarial_matrix, all_bfloat16_values, assert_bitwise_equal
 
@@ -139,7 +140,7 @@ class TestInterpreted:
 
     @pytest.mark.parametrize("shape", [(1, 700, 70), (2, 33, 300), (1, 3001, 3)], ids=_name)
     def test_maxima_over_several_steps_of_a_program(self, shape, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(kernels, "ENOUGH_PROGRAMS", 1)
+        monkeypatch.setattr(scaled_cast_amax, "ENOUGH_PROGRAMS", 1)
         x = torch.randn(shape)
         x[:, -1, -1] = 1e4
         for block in (TENSORWISE, ROWWISE, COLWISE):
@@ -147,7 +148,8 @@ class TestInterpreted:
         _assert_equals_reference(x, ROWWISE, ROWWISE)
 
     def test_long_offsets(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(kernels, "_long_offsets", lambda x, tile: True)
+        for module in (kernels, scaled_cast_amax):
+            monkeypatch.setattr(module, "long_offsets", lambda x, tile: True)
         for block, block_t in WAYS:
             _assert_equals_reference(adversarial_matrix(131, 70)[None].mT, block, block_t)
 
@@ -171,7 +173,7 @@ def test_tiles_hold_whole_blocks() -> None:
 
 def test_offsets_are_long_where_a_tile_spans_2_to_the_31() -> None:
     def is_long(*shape: int) -> bool:
-        return kernels._long_offsets(torch.empty(shape, device="meta"), kernels.WIDE_TILE)
+        return scaled_cast_amax.long_offsets(torch.empty(shape, device="meta"), kernels.WIDE_TILE)
 
     assert not is_long(2, 2**20, 2**20)
     assert not is_long(1, 16, 2**23)
