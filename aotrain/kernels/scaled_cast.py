@@ -2,7 +2,8 @@
 
 On CUDA, the elements, scales and blocks of the recipes run fused Triton kernels: rowwise in one read of a row-major
 matrix, all others by tiles (`kernels/triton/scaled_cast_tiles.py`). On CPU, every scale of e4m3fn, e5m2 and e2m1 and
-float32 scales of int8 are a C++ kernel (`_cast_cpu`) for every block shape. Everything else runs the definition itself.
+float32 scales of int8 are a C++ kernel (`_cast_cpu`) for every block shape. Everything else runs the definition itself,
+on CPU also a cast with a given amax.
 """
 
 import torch
@@ -28,7 +29,7 @@ from aotrain.kernels._library import LIBRARY
 from aotrain.kernels.mx_cast import mx_cast, mx_cast_both, mx_cast_gap
 
 LIBRARY.define(
-    "scaled_cast(Tensor x_hp, str element, str scale, int block_rows, int block_columns)"
+    "scaled_cast(Tensor x_hp, str element, str scale, int block_rows, int block_columns, Tensor? amax=None)"
     " -> (Tensor data, Tensor scale)",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
@@ -52,7 +53,7 @@ def scaled_cast(x_hp: torch.Tensor, scaling: Scaling, *, amax: torch.Tensor | No
         x_hp: [..., rows, columns], float32, bfloat16 or float16, any strides.
         scaling: target format and block shape; its rounding must be "nearest" unless it is MX.
         amax: float32 `scale_shape(x.shape, block)`, the largest magnitudes that the scales come from, where x is a part
-            of a larger matrix; by default those of x's own blocks.
+            of a larger matrix; by default those of x's own blocks. A GPU then reads x once, whatever the block.
 
     Returns:
         ScaledTensor with contiguous data [..., rows, columns] and scale `scale_shape(x.shape, block)`.
@@ -61,11 +62,7 @@ def scaled_cast(x_hp: torch.Tensor, scaling: Scaling, *, amax: torch.Tensor | No
         return mx_cast(x_hp, scaling)
     if scaling.rounding != "nearest":
         raise ValueError("scaled_cast rounds to nearest; use formats.quantize with noise for stochastic rounding.")
-    if amax is not None:
-        if x_hp.is_cuda:
-            warn_slow("scaled_cast", "there is no kernel for a given amax yet")
-        return quantize(x_hp.contiguous(), scaling, amax=amax)
-    data, scale = torch.ops.aotrain.scaled_cast(x_hp, scaling.element.name, scaling.scale.name, *scaling.block)
+    data, scale = torch.ops.aotrain.scaled_cast(x_hp, scaling.element.name, scaling.scale.name, *scaling.block, amax)
     return ScaledTensor(data, scale, scaling)
 
 
@@ -93,35 +90,51 @@ def scaled_cast_both(x_hp: torch.Tensor, scaling: Scaling, scaling_t: Scaling) -
 
 
 def _reference(
-    x_hp: torch.Tensor, element: str, scale: str, block_rows: int, block_columns: int
+    x_hp: torch.Tensor,
+    element: str,
+    scale: str,
+    block_rows: int,
+    block_columns: int,
+    amax: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     scaling = Scaling(element=ELEMENT_FORMATS[element], scale=SCALE_FORMATS[scale], block=(block_rows, block_columns))
-    q = quantize(x_hp.contiguous(), scaling)
+    q = quantize(x_hp.contiguous(), scaling, amax=amax)
     return q.data, q.scale
 
 
 def _cpu(
-    x_hp: torch.Tensor, element: str, scale: str, block_rows: int, block_columns: int
+    x_hp: torch.Tensor,
+    element: str,
+    scale: str,
+    block_rows: int,
+    block_columns: int,
+    amax: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    cast = _reference if _cast_cpu.problem(x_hp, element, scale) else _cast_cpu.scaled_cast
-    return cast(x_hp, element, scale, block_rows, block_columns)
+    if amax is not None or _cast_cpu.problem(x_hp, element, scale):
+        return _reference(x_hp, element, scale, block_rows, block_columns, amax)
+    return _cast_cpu.scaled_cast(x_hp, element, scale, block_rows, block_columns)
 
 
 def _cuda(
-    x_hp: torch.Tensor, element: str, scale: str, block_rows: int, block_columns: int
+    x_hp: torch.Tensor,
+    element: str,
+    scale: str,
+    block_rows: int,
+    block_columns: int,
+    amax: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The Triton kernel where there is one. Tests call it with CPU tensors under Triton's interpreter."""
     block = (block_rows, block_columns)
-    if x_hp.dim() < 2 or x_hp.dtype not in _KERNEL_DTYPES or x_hp.numel() == 0:
-        return _reference(x_hp, element, scale, *block)  # nothing to do, or raises
+    if x_hp.dim() < 2 or x_hp.dtype not in _KERNEL_DTYPES or x_hp.numel() == 0 or _misfit(amax, x_hp, block):
+        return _reference(x_hp, element, scale, *block, amax)  # nothing to do, or raises
     reason = _kernel_gap(element, scale, block) or triton_problem(x_hp.device, _capability(element))
     if reason is not None:
         warn_slow("scaled_cast", reason)
-        return _reference(x_hp, element, scale, *block)
+        return _reference(x_hp, element, scale, *block, amax)
 
     formats = ELEMENT_FORMATS[element], SCALE_FORMATS[scale]
     row_major = not _is_column_major(x_hp)
-    if block == ROWWISE and row_major:
+    if block == ROWWISE and row_major and amax is None:
         from aotrain.kernels.triton.scaled_cast import scaled_cast_rowwise
 
         data, x_scale = scaled_cast_rowwise(x_hp.reshape(x_hp.shape[:-1].numel(), x_hp.shape[-1]), *formats)
@@ -130,9 +143,9 @@ def _cuda(
 
         matrices = x_hp.reshape(-1, *x_hp.shape[-2:])
         if row_major:
-            data, x_scale, _, _ = scaled_cast_tiles(matrices, block, None, *formats)
+            data, x_scale, _, _ = scaled_cast_tiles(matrices, block, None, *formats, amax)
         else:
-            _, _, data, x_scale = scaled_cast_tiles(matrices.mT, None, block, *formats)
+            _, _, data, x_scale = scaled_cast_tiles(matrices.mT, None, block, *formats, amax)
     return data.view(x_hp.shape), x_scale.view(scale_shape(x_hp.shape, block))
 
 
@@ -145,6 +158,11 @@ def cast_kernel_gap(scaling: Scaling) -> str | None:
 
 def _capability(element: str) -> tuple[int, int]:
     return MIN_CAPABILITY if element == "int8" else FLOAT8_CAPABILITY
+
+
+def _misfit(amax: torch.Tensor | None, x: torch.Tensor, block: Block) -> bool:
+    """Whether a given amax does not have a maximum for each scale of x, which the definition reports."""
+    return amax is not None and (tuple(amax.shape) != scale_shape(x.shape, block) or amax.dtype != torch.float32)
 
 
 def _is_column_major(x: torch.Tensor) -> bool:
@@ -164,7 +182,12 @@ def _kernel_gap(element: str, scale: str, block: Block) -> str | None:
 
 
 def _fake(
-    x_hp: torch.Tensor, element: str, scale: str, block_rows: int, block_columns: int
+    x_hp: torch.Tensor,
+    element: str,
+    scale: str,
+    block_rows: int,
+    block_columns: int,
+    amax: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     data = x_hp.new_empty(x_hp.shape, dtype=ELEMENT_FORMATS[element].dtype)
     shape = scale_shape(x_hp.shape, (block_rows, block_columns))

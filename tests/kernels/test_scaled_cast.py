@@ -84,6 +84,8 @@ def test_two_runs_are_equal() -> None:
 def test_opcheck(block: tuple[int, int], view) -> None:
     x = view(torch.randn(37, 100))
     torch.library.opcheck(torch.ops.aotrain.scaled_cast, (x, "float8_e4m3fn", "float32", *block))
+    amax = torch.rand(scale_shape(x.shape, block))
+    torch.library.opcheck(torch.ops.aotrain.scaled_cast, (x, "float8_e4m3fn", "float32", *block, amax))
 
 
 def test_compiles_into_one_graph_with_equal_bits() -> None:
@@ -129,6 +131,32 @@ def test_gpu_implementation_has_a_kernel_for_every_cast_of_the_recipe(name: str)
             for scaling in filter(None, (gemm.lhs, gemm.rhs)):
                 for operand in (x, x.t()):
                     assert_bitwise_equal(_call_cuda(operand, scaling)[0], quantize(operand.contiguous(), scaling).data)
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 3, 130, 5)], ids=lambda shape: "x".join(map(str, shape)))
+@pytest.mark.parametrize("block", KERNEL_BLOCKS, ids=str)
+def test_given_amax_replaces_that_of_the_blocks(block: tuple[int, int], shape: tuple[int, ...]) -> None:
+    scaling = Scaling(element=FLOAT8_E4M3, block=block)
+    for x in (torch.randn(shape), torch.randn(shape).mT):
+        amax = torch.rand(scale_shape(x.shape, block)) * 4
+        expected = quantize(x.contiguous(), scaling, amax=amax)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            gpu = _cuda(x, scaling.element.name, scaling.scale.name, *block, amax)
+        for data, scale in (gpu, scaled_cast(x, scaling, amax=amax)[:2]):
+            assert_bitwise_equal(data, expected.data)
+            assert_bitwise_equal(scale, expected.scale)
+            assert data.is_contiguous()
+
+
+def test_given_amax_of_another_shape_or_dtype_is_refused() -> None:
+    x = torch.randn(4, 32)
+    for amax in (torch.ones(4), torch.ones(4, 2), torch.ones(4, 1, dtype=torch.float64)):
+        with pytest.raises(ValueError, match="want shape"):
+            scaled_cast(x, ROWWISE_E4M3, amax=amax)
+        with pytest.raises(ValueError, match="want shape"):
+            _cuda(x, "float8_e4m3fn", "float32", *ROWWISE, amax)
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,9 @@ def scaled_cast_of_tiles() -> Iterator[KernelVariant]:
         yield _tiles("bf16", "float8_e4m3fn", "float32_pow2", block, block_t)
     for block in (TENSORWISE, ROWWISE, BLOCKWISE_1X128):
         yield _tiles("bf16", "float8_e4m3fn", "float32_pow2", block, block, ragged=True)
+    for block in (TENSORWISE, ROWWISE, COLWISE, BLOCKWISE_1X128, BLOCKWISE_128X128):
+        yield _tiles("bf16", "float8_e4m3fn", "float32_pow2", block, None, given_amax=True)
+    yield _tiles("bf16", "float8_e4m3fn", "float32_pow2", None, BLOCKWISE_1X128, given_amax=True)
     yield _tiles("bf16", "float8_e4m3fn", "float32_pow2", ROWWISE, ROWWISE, long_offsets=True)
     yield _tiles("bf16", "float8_e5m2", "float32", TENSORWISE, TENSORWISE)
     yield _tiles("bf16", "int8", "float32", ROWWISE, ROWWISE)
@@ -246,6 +249,7 @@ def _tiles(
     *,
     ragged: bool = False,
     long_offsets: bool = False,
+    given_amax: bool = False,
 ) -> KernelVariant:
     """`block` of the matrix and `block_t` of its transposition, each in its own coordinates; ragged: any M."""
     data, amax = POINTER_OF_ELEMENT[element], {True: "*i32", False: "*fp32"}
@@ -255,18 +259,20 @@ def _tiles(
     constants = {
         **scaled_cast.kernel_constants(ELEMENT_FORMATS[element], SCALE_FORMATS[scale]),
         **dict(zip(("ROWS", "COLUMNS", "ROWS_T", "COLUMNS_T"), (rows, columns, rows_t, columns_t), strict=True)),
+        "GIVEN_AMAX": given_amax,
         "LONG_OFFSETS": long_offsets,
         "BLOCK_M": tile.block_m,
         "BLOCK_K": tile.block_k,
     }
-    pointers = {"x_ptr": f"*{dtype}", "data_ptr": data, "scale_ptr": "*fp32", "amax_ptr": amax[-1 in (rows, columns)]}
+    pointers = {"x_ptr": f"*{dtype}", "data_ptr": data, "scale_ptr": "*fp32"}
+    pointers["amax_ptr"] = amax[-1 in (rows, columns) or (given_amax and block is not None)]
     pointers |= {
         "data_t_ptr": data,
         "scale_t_ptr": "*fp32",
         "amax_t_ptr": amax[-1 in (rows_t, columns_t) or columns_t == 1],
     }
     names = ([_block_name(block)] if block else []) + ([f"{_block_name(block_t)}-of-t"] if block_t else [])
-    names += ["ragged"] * ragged + ["long"] * long_offsets
+    names += ["ragged"] * ragged + ["long"] * long_offsets + ["given"] * given_amax
     return _variant(
         "scaled_cast_tiles",
         f"{dtype}-{element}-{scale}-{'-'.join(names)}",

@@ -8,6 +8,7 @@ Bytes per element of a 16-bit x, without the scales (4 bytes per block and outpu
 | blocks                | one output | both outputs  | why no fewer                                                   |
 |-----------------------|------------|---------------|----------------------------------------------------------------|
 | 1x128, 128x1, 128x128 | 2 + 1      | 2 + 1 + 1     | a tile holds whole blocks, so x is read once                   |
+| any, amax given       | 2 + 1      |               | scales need no x, which is read once                           |
 | tensor, row, column   | 2 + 2 + 1  | 2 + 2 + 1 + 1 | no code is known before the last element of its block is read, |
 |                       |            |               | and such blocks are larger than the memory of one processor    |
 
@@ -75,6 +76,43 @@ def _block_scales(
 
 
 @triton.jit
+def _given_scales(
+    amax_ptr,
+    batch,
+    row_tile,
+    column_tile,
+    M,
+    K,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ELEMENT_MAX: tl.constexpr,
+    INV_SCALE_MAX: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """`_block_scales` from [batch, scales along M, scales along K] bits of maxima in memory."""
+    num_rows, num_columns = _scale_count(M, ROWS), _scale_count(K, COLUMNS)
+    r = _scale_index(row_tile, ROWS, BLOCK_M)[:, None]
+    c = _scale_index(column_tile, COLUMNS, BLOCK_K)[None, :]
+    mask = (r < num_rows) & (c < num_columns)
+    bits = tl.load(amax_ptr + (batch * num_rows + r) * num_columns + c, mask=mask, other=0)
+    return scales_from_amax_bits(bits, ELEMENT_MAX, INV_SCALE_MAX, POWER_OF_TWO)
+
+
+@triton.jit
+def _scale_index(tile, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Indices along a dimension of the scales of a tile: one per element, or one, that of its block of SIZE."""
+    if SIZE == 1:
+        index = tile * BLOCK + tl.arange(0, BLOCK)
+    elif SIZE == -1:
+        index = tl.zeros((1,), tl.int64)
+    else:
+        index = tile + tl.zeros((1,), tl.int64)
+    return index
+
+
+@triton.jit
 def _scale_count(size, BLOCK: tl.constexpr):
     """Scales along a dimension of this size."""
     if BLOCK == -1:
@@ -118,7 +156,7 @@ def _scaled_cast_tiles_kernel(
     x_ptr,  # [batch, M, K], any strides
     data_ptr,  # [batch, M, K] contiguous, 8-bit
     scale_ptr,  # [batch, M / ROWS, K / COLUMNS] contiguous, float32
-    amax_ptr,  # bits of the maxima of whole blocks: [batch], [batch, M] or [batch, K]
+    amax_ptr,  # bits of the maxima of whole blocks: [batch], [batch, M] or [batch, K]; of all blocks if given
     data_t_ptr,  # [batch, K, M] contiguous
     scale_t_ptr,  # [batch, K / COLUMNS_T, M / ROWS_T] contiguous
     amax_t_ptr,  # as amax_ptr; for blocks of 128 x 1, [batch, M / 128, K] to write and read
@@ -134,6 +172,7 @@ def _scaled_cast_tiles_kernel(
     ELEMENT_MAX: tl.constexpr,
     INV_SCALE_MAX: tl.constexpr,
     POWER_OF_TWO: tl.constexpr,
+    GIVEN_AMAX: tl.constexpr,  # amax_ptr or amax_t_ptr, whichever output there is, has a maximum for each scale
     LONG_OFFSETS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -154,17 +193,23 @@ def _scaled_cast_tiles_kernel(
     x_offsets = tile_offsets(stride_m, stride_k, LONG_OFFSETS, BLOCK_M, BLOCK_K)
     x_hp = tl.load(x_tile + x_offsets, mask=mask, other=0.0)
 
-    if COLUMNS_T == 1 and ROWS_T > 1:
+    if COLUMNS_T == 1 and ROWS_T > 1 and not GIVEN_AMAX:
         # Maxima of the tile as it was loaded reach the threads that hold the transposition through memory. With a
         # maximum in between, the compiler would exchange 8-bit codes one by one and divide in every thread.
         column_amax = tl.max(magnitude_bits(x_hp.to(tl.float32)), axis=0)
         tl.store(amax_t_ptr + (batch * row_tiles + row_tile) * K + columns, column_amax, mask=columns < K)
     if ROWS != 0:
         x = x_hp.to(tl.float32)
-        amax_b = amax_ptr + batch * _maxima(M, K, ROWS, COLUMNS)
-        scale, inv_scale = _block_scales(
-            x, amax_b, rows, columns, M, K, ROWS, COLUMNS, ELEMENT_MAX, INV_SCALE_MAX, POWER_OF_TWO
-        )
+        if GIVEN_AMAX:
+            scale, inv_scale = _given_scales(
+                *(amax_ptr, batch, row_tile, column_tile, M, K, ROWS, COLUMNS),
+                *(ELEMENT_MAX, INV_SCALE_MAX, POWER_OF_TWO, BLOCK_M, BLOCK_K),
+            )
+        else:
+            amax_b = amax_ptr + batch * _maxima(M, K, ROWS, COLUMNS)
+            scale, inv_scale = _block_scales(
+                x, amax_b, rows, columns, M, K, ROWS, COLUMNS, ELEMENT_MAX, INV_SCALE_MAX, POWER_OF_TWO
+            )
         data = saturating_cast(x * inv_scale, ELEMENT, ELEMENT_MAX)
         data_tile = data_ptr + batch * M * K + first_row * K + first_column
         tl.store(data_tile + tile_offsets(K, 1, LONG_OFFSETS, BLOCK_M, BLOCK_K), data, mask=mask)
@@ -173,7 +218,12 @@ def _scaled_cast_tiles_kernel(
         tl.debug_barrier()
         # Before anything else: the compiler can then exchange 16-bit elements, four 8 x 8 matrices an instruction.
         x = tl.trans(x_hp).to(tl.float32)
-        if COLUMNS_T == 1 and ROWS_T > 1:
+        if GIVEN_AMAX:
+            scale, inv_scale = _given_scales(
+                *(amax_t_ptr, batch, column_tile, row_tile, K, M, COLUMNS_T, ROWS_T),
+                *(ELEMENT_MAX, INV_SCALE_MAX, POWER_OF_TWO, BLOCK_K, BLOCK_M),
+            )
+        elif COLUMNS_T == 1 and ROWS_T > 1:
             amax_b = amax_t_ptr + (batch * row_tiles + row_tile) * K
             scale, inv_scale = _block_scales(
                 x, amax_b, columns, rows, K, M, 1, -1, ELEMENT_MAX, INV_SCALE_MAX, POWER_OF_TWO
@@ -226,6 +276,7 @@ def scaled_cast_tiles(
     block_t: Block | None,
     element: ElementFormat,
     scale_format: ScaleFormat,
+    amax: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Quantize matrices as they are, transposed, or both.
 
@@ -236,6 +287,7 @@ def scaled_cast_tiles(
         block_t: one of TILE_BLOCKS for the data [batch, K, M] of the transposition; None leaves that out.
         element: FLOAT8_E4M3, FLOAT8_E5M2 or INT8.
         scale_format: `float32` or `float32_pow2`.
+        amax: float32 largest magnitudes, of the shape of the scales, to use instead of those of x; for one output.
 
     Returns:
         (data, scale, data_t, scale_t), contiguous, equal to formats.quantize bit for bit. What was left out has no
@@ -248,16 +300,20 @@ def scaled_cast_tiles(
     tile = select_tile(block, block_t, vectors=num_rows % 16 == 0 == num_columns % 16)
     tiles = batch * triton.cdiv(num_rows, tile.block_m) * triton.cdiv(num_columns, tile.block_k)
     with torch.cuda.device_of(x_hp):
-        amax = matrix_maxima(x_hp, {b for b in (block, block_t) if -1 in b})
-        if block_t == (128, 1):  # room for those that cross within a program
-            amax[block_t] = torch.empty(scale_t.shape, dtype=torch.int32, device=x_hp.device)
+        if amax is not None:
+            maxima = dict.fromkeys((block, block_t), amax.contiguous().view(torch.int32))
+        else:
+            maxima = matrix_maxima(x_hp, {b for b in (block, block_t) if -1 in b})
+            if block_t == (128, 1):  # room for those that cross within a program
+                maxima[block_t] = torch.empty(scale_t.shape, dtype=torch.int32, device=x_hp.device)
         _scaled_cast_tiles_kernel[(tiles,)](
             x_hp,
-            *(data, scale, amax.get(block, scale)),
-            *(data_t, scale_t, amax.get(block_t, scale_t)),
+            *(data, scale, maxima.get(block, scale)),
+            *(data_t, scale_t, maxima.get(block_t, scale_t)),
             *(num_rows, num_columns, *x_hp.stride()),
             *(*block, *block_t),
             **kernel_constants(element, scale_format),
+            GIVEN_AMAX=amax is not None,
             LONG_OFFSETS=long_offsets(x_hp, tile),
             BLOCK_M=tile.block_m,
             BLOCK_K=tile.block_k,

@@ -18,6 +18,7 @@ from aotrain.formats import (
     ElementFormat,
     Scaling,
     quantize,
+    scale_shape,
 )
 from aotrain.formats.scaling import Block
 from aotrain.kernels.triton import scaled_cast_amax
@@ -65,6 +66,22 @@ def _assert_equals_reference(
         assert_bitwise_equal(data.cpu(), expected.data, what=f"data of {wanted}")
         assert data.is_contiguous()
         assert scales.is_contiguous()
+
+
+def _assert_uses_given(
+    x: torch.Tensor, block: Block, element: ElementFormat = FLOAT8_E4M3, scale: str = "float32", device: str = "cpu"
+) -> None:
+    """As it is and transposed, with maxima below and above x's own and with none, an infinity and a NaN among them."""
+    scaling = Scaling(element=element, scale=SCALE_FORMATS[scale], block=block)
+    for transposed in (False, True):
+        operand = x.mT if transposed else x
+        amax = torch.rand(scale_shape(operand.shape, block)) * 8
+        amax.view(-1)[1:5] = torch.tensor([0.0, torch.inf, torch.nan, -torch.nan])[: amax.numel() - 1]
+        blocks = (None, block) if transposed else (block, None)
+        got = kernels.scaled_cast_tiles(x.to(device), *blocks, element, scaling.scale, amax.to(device))
+        expected = quantize(operand.contiguous(), scaling, amax=amax)
+        assert_bitwise_equal(got[2 * transposed + 1].cpu(), expected.scale, what=f"scale of {block}")
+        assert_bitwise_equal(got[2 * transposed].cpu(), expected.data, what=f"data of {block}")
 
 
 def _non_finite_matrix(dtype: torch.dtype) -> torch.Tensor:
@@ -153,6 +170,17 @@ class TestInterpreted:
         for block, block_t in WAYS:
             _assert_equals_reference(adversarial_matrix(131, 70)[None].mT, block, block_t)
 
+    @pytest.mark.parametrize("block", kernels.TILE_BLOCKS, ids=_name)
+    def test_given_maxima(self, block: Block) -> None:
+        x = torch.stack([adversarial_matrix(130, 131, seed=seed) for seed in range(2)])
+        for view in (x, x[:1, :37, :100], x[:1, :, :70].mT):
+            _assert_uses_given(view, block)
+
+    @pytest.mark.parametrize(("element", "scale"), FORMATS, ids=_name)
+    def test_given_maxima_of_formats(self, element: ElementFormat, scale: str) -> None:
+        for block in (TENSORWISE, ROWWISE, BLOCKWISE_1X128):
+            _assert_uses_given(_non_finite_matrix(torch.bfloat16)[:, :40], block, element, scale)
+
     def test_two_runs_are_equal(self) -> None:
         x = adversarial_matrix(140, 150)[None]
         for block, block_t in WAYS[:5]:
@@ -199,6 +227,11 @@ class TestCompiled:
     def test_every_bfloat16_value(self, element: ElementFormat, scale: str) -> None:
         values = all_bfloat16_values().view(1, 512, 128)
         _assert_equals_reference(values, ROWWISE, BLOCKWISE_1X128, element, scale, "cuda")
+
+    @pytest.mark.parametrize("block", kernels.TILE_BLOCKS, ids=_name)
+    def test_given_maxima(self, block: Block) -> None:
+        for shape in ((131, 150), (256, 384)):
+            _assert_uses_given(adversarial_matrix(*shape)[None], block, device="cuda")
 
     def test_many_programs(self) -> None:
         x = torch.randn(1, 4096, 4160).bfloat16()
