@@ -1,6 +1,7 @@
 """The scaled_cast op: schema, fake, every scaling, awkward shapes, and which implementation a GPU tensor takes."""
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from aotrain.formats import (
     quantize,
     scale_shape,
 )
-from aotrain.kernels import _dispatch, scaled_cast
+from aotrain.kernels import _dispatch, scaled_cast, scaled_cast_both
 from aotrain.kernels.scaled_cast import _capability, _cuda
 from aotrain.recipes import RECIPES
 from aotrain.testing import adversarial_matrix, assert_bitwise_equal
@@ -86,6 +87,7 @@ def test_opcheck(block: tuple[int, int], view) -> None:
     torch.library.opcheck(torch.ops.aotrain.scaled_cast, (x, "float8_e4m3fn", "float32", *block))
     amax = torch.rand(scale_shape(x.shape, block))
     torch.library.opcheck(torch.ops.aotrain.scaled_cast, (x, "float8_e4m3fn", "float32", *block, amax))
+    torch.library.opcheck(torch.ops.aotrain.scaled_cast, (x, "float8_e4m3fn", "float32", *block, amax, (16, 128)))
 
 
 def test_compiles_into_one_graph_with_equal_bits() -> None:
@@ -157,6 +159,13 @@ def test_given_amax_of_another_shape_or_dtype_is_refused() -> None:
             scaled_cast(x, ROWWISE_E4M3, amax=amax)
         with pytest.raises(ValueError, match="want shape"):
             _cuda(x, "float8_e4m3fn", "float32", *ROWWISE, amax)
+
+
+@pytest.mark.parametrize("pad", [(0, 16), (16, 129), (16,)], ids=str)
+def test_bad_multiples_are_refused(pad: tuple[int, ...]) -> None:
+    for cast in (partial(scaled_cast, pad=pad), partial(scaled_cast_both, scaling_t=ROWWISE_E4M3, pad_t=pad)):
+        with pytest.raises(ValueError, match="each from 1 to 128"):
+            cast(torch.randn(4, 32), scaling=ROWWISE_E4M3)
 
 
 @pytest.mark.parametrize(

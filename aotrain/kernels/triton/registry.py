@@ -20,17 +20,18 @@ from aotrain.formats import (
     Scaling,
 )
 from aotrain.formats.scaling import Block
+from aotrain.kernels._padding import UNPADDED, Multiples
 from aotrain.kernels.adam import AdamScalars
 from aotrain.kernels.triton import (
     _adam_launch,
     mx_cast,
     registry_nvfp4,
     scaled_cast,
+    scaled_cast_amax,
     scaled_cast_tiles,
     sum_rows,
     token_permute,
 )
-from aotrain.kernels.triton import _adam_launch, scaled_cast, scaled_cast_amax, scaled_cast_tiles
 from aotrain.kernels.triton._adam_launch import FLOAT32_BLOCK, Class
 from aotrain.kernels.triton.adam import adam_kernel
 from aotrain.kernels.triton.kernel_variant import POINTER_OF_ELEMENT, KernelVariant
@@ -49,6 +50,7 @@ def scaled_cast_rowwise() -> Iterator[KernelVariant]:
     for dtype in ("bf16", "fp16", "fp32"):
         for element in POINTER_OF_ELEMENT:
             yield _rowwise(dtype, element, "float32", middle, True)
+    yield _rowwise("bf16", "float8_e4m3fn", "float32_pow2", middle, True, pad=(16, 16))
 
 
 def adam() -> Iterator[KernelVariant]:
@@ -110,6 +112,8 @@ def scaled_cast_of_tiles() -> Iterator[KernelVariant]:
     for block in (TENSORWISE, ROWWISE, COLWISE, BLOCKWISE_1X128, BLOCKWISE_128X128):
         yield _tiles("bf16", "float8_e4m3fn", "float32_pow2", block, None, given_amax=True)
     yield _tiles("bf16", "float8_e4m3fn", "float32_pow2", None, BLOCKWISE_1X128, given_amax=True)
+    for block, pad in ((TENSORWISE, (16, 1)), (ROWWISE, (16, 1)), (ROWWISE, (16, 16)), (BLOCKWISE_1X128, (128, 1))):
+        yield _tiles("bf16", "float8_e4m3fn", "float32_pow2", block, block, pad=pad)
     yield _tiles("bf16", "float8_e4m3fn", "float32_pow2", ROWWISE, ROWWISE, long_offsets=True)
     yield _tiles("bf16", "float8_e5m2", "float32", TENSORWISE, TENSORWISE)
     yield _tiles("bf16", "int8", "float32", ROWWISE, ROWWISE)
@@ -206,9 +210,18 @@ def _gather_rows(dtype: str, columns: int) -> KernelVariant:
     )
 
 
-def _rowwise(dtype: str, element: str, scale: str, config: scaled_cast.Config, row_fits: bool) -> KernelVariant:
+def _rowwise(
+    dtype: str,
+    element: str,
+    scale: str,
+    config: scaled_cast.Config,
+    row_fits: bool,
+    pad: Multiples = UNPADDED,
+) -> KernelVariant:
     constants = {
         **scaled_cast.kernel_constants(ELEMENT_FORMATS[element], SCALE_FORMATS[scale]),
+        "PAD_M": pad[0],
+        "PAD_K": pad[1],
         "ROW_FITS_TILE": row_fits,
         "BLOCK_M": config.block_m,
         "BLOCK_K": config.block_k,
@@ -216,12 +229,14 @@ def _rowwise(dtype: str, element: str, scale: str, config: scaled_cast.Config, r
     pointers = {"x_ptr": f"*{dtype}", "data_ptr": POINTER_OF_ELEMENT[element], "scale_ptr": "*fp32"}
     return _variant(
         "scaled_cast_rowwise",
-        f"{dtype}-{element}-{scale}-rows-{config.block_m}x{config.block_k}-{1 if row_fits else 2}pass",
+        f"{dtype}-{element}-{scale}-rows-{config.block_m}x{config.block_k}-{1 if row_fits else 2}pass"
+        + _padded_name(pad),
         scaled_cast._scaled_cast_rowwise_kernel,
         pointers,
         ("M", "K", "stride_m"),
         constants,
         config.num_warps,
+        unaligned=_ragged_sizes(pad),
     )
 
 
@@ -250,16 +265,19 @@ def _tiles(
     ragged: bool = False,
     long_offsets: bool = False,
     given_amax: bool = False,
+    pad: Multiples = UNPADDED,
 ) -> KernelVariant:
-    """`block` of the matrix and `block_t` of its transposition, each in its own coordinates; ragged: any M."""
+    """`block` of the matrix, `block_t` of its transposition, each in its own coordinates. ragged: any M. pad: of x."""
     data, amax = POINTER_OF_ELEMENT[element], {True: "*i32", False: "*fp32"}
     rows, columns = block or (0, 0)
     columns_t, rows_t = block_t or (0, 0)
-    tile = scaled_cast_tiles.select_tile((rows, columns), (rows_t, columns_t), vectors=not ragged)
+    tile = scaled_cast_tiles.select_tile((rows, columns), (rows_t, columns_t), vectors=not ragged and pad == UNPADDED)
     constants = {
         **scaled_cast.kernel_constants(ELEMENT_FORMATS[element], SCALE_FORMATS[scale]),
         **dict(zip(("ROWS", "COLUMNS", "ROWS_T", "COLUMNS_T"), (rows, columns, rows_t, columns_t), strict=True)),
         "GIVEN_AMAX": given_amax,
+        **dict.fromkeys(("PAD_M", "PAD_M_T"), pad[0]),
+        **dict.fromkeys(("PAD_K", "PAD_K_T"), pad[1]),
         "LONG_OFFSETS": long_offsets,
         "BLOCK_M": tile.block_m,
         "BLOCK_K": tile.block_k,
@@ -275,13 +293,13 @@ def _tiles(
     names += ["ragged"] * ragged + ["long"] * long_offsets + ["given"] * given_amax
     return _variant(
         "scaled_cast_tiles",
-        f"{dtype}-{element}-{scale}-{'-'.join(names)}",
+        f"{dtype}-{element}-{scale}-{'-'.join(names)}{_padded_name(pad)}",
         scaled_cast_tiles._scaled_cast_tiles_kernel,
         pointers,
         ("M", "K", "stride_b", "stride_m"),
         constants,
         tile.num_warps,
-        unaligned=("M",) if ragged else (),
+        unaligned=("M",) if ragged else _ragged_sizes(pad),
     )
 
 
@@ -322,6 +340,15 @@ def _mx(
         tile.num_warps,
         unaligned=("M", "K", "stride_b", "stride_m", "scale_size", "scale_t_size") if ragged else (),
     )
+
+
+def _padded_name(pad: Multiples) -> str:
+    return "" if pad == UNPADDED else f"-padded-{pad[0]}x{pad[1]}"
+
+
+def _ragged_sizes(pad: Multiples) -> tuple[str, ...]:
+    """What is no multiple of 16 where it is padded; the stride of a row with it."""
+    return ("M",) * (pad[0] > 1) + ("K", "stride_b", "stride_m") * (pad[1] > 1)
 
 
 def _block_name(block: Block) -> str:

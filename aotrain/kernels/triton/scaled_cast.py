@@ -24,6 +24,7 @@ import triton.language as tl
 
 from aotrain.formats import ROWWISE, ElementFormat, ScaleFormat, scale_shape
 from aotrain.formats.scaling import AMAX_MIN
+from aotrain.kernels._padding import UNPADDED, Multiples, padded_shape
 from aotrain.kernels.triton._numerics import magnitude_bits, saturating_cast, scales_from_amax_bits
 
 
@@ -52,10 +53,20 @@ LONG_ROW_CONFIG = Config(1, 8192, 8)
 
 
 @triton.jit
+def padded_size(size, MULTIPLE: tl.constexpr):
+    """The size rounded up. The compiler knows the result for a multiple, and vectorizes accesses accordingly."""
+    if MULTIPLE == 1:
+        padded = size
+    else:
+        padded = tl.cdiv(size, MULTIPLE) * MULTIPLE
+    return padded
+
+
+@triton.jit
 def _scaled_cast_rowwise_kernel(
     x_ptr,  # [M, K], any strides
-    data_ptr,  # [M, K] contiguous, 8-bit
-    scale_ptr,  # [M] float32
+    data_ptr,  # [M, K] contiguous, 8-bit, both rounded up to multiples of PAD_M and PAD_K
+    scale_ptr,  # [M] float32, likewise
     M,
     K,
     stride_m,
@@ -63,6 +74,8 @@ def _scaled_cast_rowwise_kernel(
     ELEMENT_MAX: tl.constexpr,
     INV_SCALE_MAX: tl.constexpr,
     POWER_OF_TWO: tl.constexpr,
+    PAD_M: tl.constexpr,  # 1 where M is a multiple already
+    PAD_K: tl.constexpr,
     ROW_FITS_TILE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -71,9 +84,10 @@ def _scaled_cast_rowwise_kernel(
     # 64-bit from here on: M * K and K * stride_k both exceed 2^31 elements in large models.
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_K).to(tl.int64)
-    row_mask = rows < M
+    padded_m, padded_k = padded_size(M, PAD_M), padded_size(K, PAD_K)
+    row_mask, padded_rows = rows < M, rows < padded_m
     x_rows = x_ptr + rows[:, None] * stride_m
-    data_rows = data_ptr + rows[:, None] * K
+    data_rows = data_ptr + rows[:, None] * padded_k
 
     if ROW_FITS_TILE:
         mask = row_mask[:, None] & (columns < K)[None, :]
@@ -82,7 +96,7 @@ def _scaled_cast_rowwise_kernel(
             tl.max(magnitude_bits(x), axis=1), ELEMENT_MAX, INV_SCALE_MAX, POWER_OF_TWO
         )
         data = saturating_cast(x * inv_scale[:, None], ELEMENT, ELEMENT_MAX)
-        tl.store(data_rows + columns[None, :], data, mask=mask)
+        tl.store(data_rows + columns[None, :], data, mask=padded_rows[:, None] & (columns < padded_k)[None, :])
     else:
         largest = tl.zeros((BLOCK_M, BLOCK_K), tl.int32)
         for start in range(0, K, BLOCK_K):
@@ -91,17 +105,17 @@ def _scaled_cast_rowwise_kernel(
             x = tl.load(x_rows + k[None, :] * stride_k, mask=mask, other=0.0).to(tl.float32)
             largest = tl.maximum(largest, magnitude_bits(x))
         scale, inv_scale = scales_from_amax_bits(tl.max(largest, axis=1), ELEMENT_MAX, INV_SCALE_MAX, POWER_OF_TWO)
-        for start in range(0, K, BLOCK_K):
+        for start in range(0, padded_k, BLOCK_K):
             k = start + columns
             mask = row_mask[:, None] & (k < K)[None, :]
             x = tl.load(x_rows + k[None, :] * stride_k, mask=mask, other=0.0).to(tl.float32)
             data = saturating_cast(x * inv_scale[:, None], ELEMENT, ELEMENT_MAX)
-            tl.store(data_rows + k[None, :], data, mask=mask)
-    tl.store(scale_ptr + rows, scale, mask=row_mask)
+            tl.store(data_rows + k[None, :], data, mask=padded_rows[:, None] & (k < padded_k)[None, :])
+    tl.store(scale_ptr + rows, scale, mask=padded_rows)
 
 
 def scaled_cast_rowwise(
-    x_hp: torch.Tensor, element: ElementFormat, scale_format: ScaleFormat
+    x_hp: torch.Tensor, element: ElementFormat, scale_format: ScaleFormat, pad: Multiples = UNPADDED
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize each row of a matrix with its own scale.
 
@@ -110,18 +124,22 @@ def scaled_cast_rowwise(
             under TRITON_INTERPRET=1.
         element: FLOAT8_E4M3, FLOAT8_E5M2 or INT8.
         scale_format: `float32` or `float32_pow2`.
+        pad: multiples that M and K of the result are rounded up to.
 
     Returns:
-        (data [M, K] contiguous, scale [M, 1] float32), equal to formats.quantize bit for bit.
+        (data [M, K] contiguous, scale [M, 1] float32), equal to formats.quantize of x with zeros up to these multiples,
+        bit for bit.
     """
     num_rows, num_columns = x_hp.shape
-    data = torch.empty((num_rows, num_columns), dtype=element.dtype, device=x_hp.device)
-    scale = torch.empty(scale_shape(x_hp.shape, ROWWISE), dtype=torch.float32, device=x_hp.device)
+    shape = padded_shape(x_hp.shape, pad)
+    data = torch.empty(shape, dtype=element.dtype, device=x_hp.device)
+    scale = torch.empty(scale_shape(shape, ROWWISE), dtype=torch.float32, device=x_hp.device)
     if num_rows == 0:
         return data, scale
-    config, row_fits_tile = select_config(num_columns)
+    config, row_fits_tile = select_config(shape[1])
+    pad_m, pad_k = needed_multiples(x_hp.shape, pad)
     with torch.cuda.device_of(x_hp):
-        _scaled_cast_rowwise_kernel[(triton.cdiv(num_rows, config.block_m),)](
+        _scaled_cast_rowwise_kernel[(triton.cdiv(shape[0], config.block_m),)](
             x_hp,
             data,
             scale,
@@ -129,6 +147,8 @@ def scaled_cast_rowwise(
             num_columns,
             *x_hp.stride(),
             **kernel_constants(element, scale_format),
+            PAD_M=pad_m,
+            PAD_K=pad_k,
             ROW_FITS_TILE=row_fits_tile,
             BLOCK_M=config.block_m,
             BLOCK_K=config.block_k,
@@ -144,6 +164,11 @@ def select_config(num_columns: int) -> tuple[Config, bool]:
         if num_columns <= config.block_k:
             return config, True
     return LONG_ROW_CONFIG, False
+
+
+def needed_multiples(shape: torch.Size, pad: Multiples) -> Multiples:
+    """1 for what is a multiple already: aligned sizes run the kernel without padding."""
+    return tuple(m if size % m else 1 for size, m in zip(shape[-2:], pad, strict=True))  # pyrefly: ignore[bad-return]
 
 
 @functools.lru_cache(maxsize=32)

@@ -109,6 +109,9 @@ def matrix_maxima(x: torch.Tensor, blocks: set[Block]) -> dict[Block, torch.Tens
 
 
 def long_offsets(x: torch.Tensor, tile: Config) -> bool:
-    """Whether elements of a tile of x, or of its contiguous copies, are 2^31 or more elements apart."""
-    steps = (*x.stride()[1:], *x.shape[1:])
+    """Whether elements of a tile of x, or of its contiguous copies, are 2^31 or more elements apart.
+
+    Copies may be padded to multiples of up to 128.
+    """
+    steps = (*x.stride()[1:], *(size + 127 for size in x.shape[1:]))
     return max(steps) * (tile.block_m + tile.block_k) >= 2**31

@@ -28,8 +28,9 @@ import triton.language as tl
 
 from aotrain.formats import BLOCKWISE_1X128, BLOCKWISE_128X128, COLWISE, ROWWISE, TENSORWISE, ElementFormat, ScaleFormat
 from aotrain.formats.scaling import Block, scale_shape
+from aotrain.kernels._padding import UNPADDED, Multiples, padded_shape
 from aotrain.kernels.triton._numerics import magnitude_bits, saturating_cast, scales_from_amax_bits
-from aotrain.kernels.triton.scaled_cast import Config, kernel_constants
+from aotrain.kernels.triton.scaled_cast import Config, kernel_constants, needed_multiples, padded_size
 from aotrain.kernels.triton.scaled_cast_amax import long_offsets, matrix_maxima, tile_offsets
 
 # Blocks of an output, in its own coordinates.
@@ -154,10 +155,10 @@ def _store_scales(
 @triton.jit
 def _scaled_cast_tiles_kernel(
     x_ptr,  # [batch, M, K], any strides
-    data_ptr,  # [batch, M, K] contiguous, 8-bit
+    data_ptr,  # [batch, M, K] contiguous, 8-bit, both rounded up to multiples of PAD_M and PAD_K
     scale_ptr,  # [batch, M / ROWS, K / COLUMNS] contiguous, float32
     amax_ptr,  # bits of the maxima of whole blocks: [batch], [batch, M] or [batch, K]; of all blocks if given
-    data_t_ptr,  # [batch, K, M] contiguous
+    data_t_ptr,  # [batch, K, M] contiguous, both rounded up to multiples of PAD_K_T and PAD_M_T
     scale_t_ptr,  # [batch, K / COLUMNS_T, M / ROWS_T] contiguous
     amax_t_ptr,  # as amax_ptr; for blocks of 128 x 1, [batch, M / 128, K] to write and read
     M,
@@ -173,13 +174,20 @@ def _scaled_cast_tiles_kernel(
     INV_SCALE_MAX: tl.constexpr,
     POWER_OF_TWO: tl.constexpr,
     GIVEN_AMAX: tl.constexpr,  # amax_ptr or amax_t_ptr, whichever output there is, has a maximum for each scale
+    PAD_M: tl.constexpr,  # 1 where M is a multiple already, or data left out
+    PAD_K: tl.constexpr,
+    PAD_M_T: tl.constexpr,
+    PAD_K_T: tl.constexpr,
     LONG_OFFSETS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """Per element of a 16-bit x, 2 bytes read and 1 written per output: the least, since x is read once for both."""
     ELEMENT: tl.constexpr = data_ptr.dtype.element_ty
-    row_tiles, column_tiles = tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K)
+    padded_m, padded_k = padded_size(M, PAD_M), padded_size(K, PAD_K)
+    padded_m_t, padded_k_t = padded_size(M, PAD_M_T), padded_size(K, PAD_K_T)
+    row_tiles = tl.cdiv(tl.maximum(padded_m, padded_m_t), BLOCK_M)
+    column_tiles = tl.cdiv(tl.maximum(padded_k, padded_k_t), BLOCK_K)
     # Backwards: the last tiles that the maxima were taken of are still in the L2 cache.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     # 64-bit from here on: M * K and the strides times them exceed 2^31 in large models.
@@ -211,9 +219,12 @@ def _scaled_cast_tiles_kernel(
                 x, amax_b, rows, columns, M, K, ROWS, COLUMNS, ELEMENT_MAX, INV_SCALE_MAX, POWER_OF_TWO
             )
         data = saturating_cast(x * inv_scale, ELEMENT, ELEMENT_MAX)
-        data_tile = data_ptr + batch * M * K + first_row * K + first_column
-        tl.store(data_tile + tile_offsets(K, 1, LONG_OFFSETS, BLOCK_M, BLOCK_K), data, mask=mask)
-        _store_scales(scale_ptr, scale, batch, row_tile, column_tile, M, K, ROWS, COLUMNS, BLOCK_M, BLOCK_K)
+        data_tile = data_ptr + batch * padded_m * padded_k + first_row * padded_k + first_column
+        mask = (rows < padded_m)[:, None] & (columns < padded_k)[None, :]
+        tl.store(data_tile + tile_offsets(padded_k, 1, LONG_OFFSETS, BLOCK_M, BLOCK_K), data, mask=mask)
+        _store_scales(
+            scale_ptr, scale, batch, row_tile, column_tile, padded_m, padded_k, ROWS, COLUMNS, BLOCK_M, BLOCK_K
+        )
     if ROWS_T != 0:
         tl.debug_barrier()
         # Before anything else: the compiler can then exchange 16-bit elements, four 8 x 8 matrices an instruction.
@@ -250,10 +261,13 @@ def _scaled_cast_tiles_kernel(
                 x, amax_b, columns, rows, K, M, COLUMNS_T, ROWS_T, ELEMENT_MAX, INV_SCALE_MAX, POWER_OF_TWO
             )
         data = saturating_cast(x * inv_scale, ELEMENT, ELEMENT_MAX)
-        data_t_tile = data_t_ptr + batch * M * K + first_column * M + first_row
-        offsets_t = tile_offsets(M, 1, LONG_OFFSETS, BLOCK_K, BLOCK_M)
-        tl.store(data_t_tile + offsets_t, data, mask=(columns < K)[:, None] & (rows < M)[None, :])
-        _store_scales(scale_t_ptr, scale, batch, column_tile, row_tile, K, M, COLUMNS_T, ROWS_T, BLOCK_K, BLOCK_M)
+        data_t_tile = data_t_ptr + batch * padded_m_t * padded_k_t + first_column * padded_m_t + first_row
+        offsets_t = tile_offsets(padded_m_t, 1, LONG_OFFSETS, BLOCK_K, BLOCK_M)
+        tl.store(data_t_tile + offsets_t, data, mask=(columns < padded_k_t)[:, None] & (rows < padded_m_t)[None, :])
+        _store_scales(
+            *(scale_t_ptr, scale, batch, column_tile, row_tile, padded_k_t, padded_m_t),
+            *(COLUMNS_T, ROWS_T, BLOCK_K, BLOCK_M),
+        )
 
 
 @triton.jit
@@ -277,6 +291,8 @@ def scaled_cast_tiles(
     element: ElementFormat,
     scale_format: ScaleFormat,
     amax: torch.Tensor | None = None,
+    pad: Multiples = UNPADDED,
+    pad_t: Multiples = UNPADDED,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Quantize matrices as they are, transposed, or both.
 
@@ -287,26 +303,33 @@ def scaled_cast_tiles(
         block_t: one of TILE_BLOCKS for the data [batch, K, M] of the transposition; None leaves that out.
         element: FLOAT8_E4M3, FLOAT8_E5M2 or INT8.
         scale_format: `float32` or `float32_pow2`.
-        amax: float32 largest magnitudes, of the shape of the scales, to use instead of those of x; for one output.
+        amax: float32 largest magnitudes, of the shape of x's scales, to use instead of those of x; for one output.
+        pad: multiples that M and K of data are rounded up to.
+        pad_t: multiples that K and M of data_t are rounded up to.
 
     Returns:
-        (data, scale, data_t, scale_t), contiguous, equal to formats.quantize bit for bit. What was left out has no
-        elements.
+        (data, scale, data_t, scale_t), contiguous, equal to formats.quantize of x with zeros up to these multiples, bit
+        for bit; given maxima then are 0 for what lies beyond x's blocks. What was left out has no elements.
     """
     batch, num_rows, num_columns = x_hp.shape
-    data, scale = _outputs(x_hp, x_hp.shape, block, element)
-    data_t, scale_t = _outputs(x_hp, torch.Size((batch, num_columns, num_rows)), block_t, element)
+    shape, shape_t = padded_shape(x_hp.shape, pad), padded_shape(x_hp.mT.shape, pad_t)
+    data, scale = _outputs(x_hp, shape, block, element)
+    data_t, scale_t = _outputs(x_hp, shape_t, block_t, element)
+    # In x's coordinates, and no more than needed: each combination is a kernel.
+    pads = needed_multiples(x_hp.shape, pad if block is not None else UNPADDED)
+    pads_t = needed_multiples(x_hp.mT.shape, pad_t if block_t is not None else UNPADDED)[::-1]
+    sizes = zip(padded_shape(x_hp.shape, pads)[1:], padded_shape(x_hp.shape, pads_t)[1:], strict=True)
     block, block_t = block or (0, 0), block_t[::-1] if block_t is not None else (0, 0)  # in x's coordinates
     tile = select_tile(block, block_t, vectors=num_rows % 16 == 0 == num_columns % 16)
-    tiles = batch * triton.cdiv(num_rows, tile.block_m) * triton.cdiv(num_columns, tile.block_k)
+    row_tiles, column_tiles = (triton.cdiv(max(size), step) for size, step in zip(sizes, tile[:2], strict=True))
     with torch.cuda.device_of(x_hp):
         if amax is not None:
             maxima = dict.fromkeys((block, block_t), amax.contiguous().view(torch.int32))
         else:
             maxima = matrix_maxima(x_hp, {b for b in (block, block_t) if -1 in b})
             if block_t == (128, 1):  # room for those that cross within a program
-                maxima[block_t] = torch.empty(scale_t.shape, dtype=torch.int32, device=x_hp.device)
-        _scaled_cast_tiles_kernel[(tiles,)](
+                maxima[block_t] = torch.empty(batch * row_tiles * num_columns, dtype=torch.int32, device=x_hp.device)
+        _scaled_cast_tiles_kernel[(batch * row_tiles * column_tiles,)](
             x_hp,
             *(data, scale, maxima.get(block, scale)),
             *(data_t, scale_t, maxima.get(block_t, scale_t)),
@@ -314,6 +337,7 @@ def scaled_cast_tiles(
             *(*block, *block_t),
             **kernel_constants(element, scale_format),
             GIVEN_AMAX=amax is not None,
+            **dict(zip(("PAD_M", "PAD_K", "PAD_M_T", "PAD_K_T"), (*pads, *pads_t), strict=True)),
             LONG_OFFSETS=long_offsets(x_hp, tile),
             BLOCK_M=tile.block_m,
             BLOCK_K=tile.block_k,
@@ -331,7 +355,7 @@ def select_tile(*blocks: Block, vectors: bool = True) -> Config:
 
 
 def _outputs(
-    x: torch.Tensor, shape: torch.Size, block: Block | None, element: ElementFormat
+    x: torch.Tensor, shape: tuple[int, ...], block: Block | None, element: ElementFormat
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Memory for the data and the scales of an output, none for one left out."""
     if block is None:
