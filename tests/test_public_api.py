@@ -166,11 +166,13 @@ PUBLIC = {
         "nvfp4_cast",
         "nvfp4_cast_both",
         "nvfp4_mm",
+        "operand_multiples",
         "scaled_cast",
         "scaled_cast_after",
         "scaled_cast_both",
         "scaled_mm",
         "sum_rows",
+        "with_equal_depths",
     ],
 }
 

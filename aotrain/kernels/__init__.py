@@ -14,6 +14,9 @@ from aotrain.kernels.scaled_cast_after import scaled_cast_after
 from aotrain.kernels.scaled_mm import float8_problem, native_scaled_mm_problem, scaled_mm
 from aotrain.kernels.sum_rows import sum_rows
 from aotrain.kernels.token_permute import RowPermutation, expert_major_permutation, gather_rows
+from aotrain.kernels._padding import operand_multiples
+from aotrain.kernels.scaled_cast import cast_kernel_gap, scaled_cast, scaled_cast_both
+from aotrain.kernels.scaled_mm import float8_problem, native_scaled_mm_problem, scaled_mm, with_equal_depths
 
 __all__ = [
     "Nvfp4Operand",
@@ -30,9 +33,11 @@ __all__ = [
     "nvfp4_cast",
     "nvfp4_cast_both",
     "nvfp4_mm",
+    "operand_multiples",
     "scaled_cast",
     "scaled_cast_after",
     "scaled_cast_both",
     "scaled_mm",
     "sum_rows",
+    "with_equal_depths",
 ]

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from aotrain.formats import BLOCKWISE_1X128, BLOCKWISE_128X128, Scaling
+from aotrain.formats import BLOCKWISE_1X128, BLOCKWISE_128X128, Scaling, is_mx
 from aotrain.formats.scaling import Block
 
 # (multiple of the rows, multiple of the columns).
@@ -28,9 +28,10 @@ def operand_multiples(x: torch.Tensor, scaling: Scaling, side: Literal["lhs", "r
         side: "lhs" for a, "rhs" for b of `scaled_mm`.
 
     Returns:
-        For `scaled_cast(pad=)`; (1, 1) on devices other than GPUs, where products are emulated.
+        For `scaled_cast(pad=)`; (1, 1) on devices other than GPUs, where products are emulated, and for MX, whose
+        products pad codes and scales together.
     """
-    if x.device.type != "cuda":
+    if x.device.type != "cuda" or is_mx(scaling):
         return UNPADDED
     return native_multiples(x.shape[0], scaling.element.name == "int8", scaling.block, side)
 

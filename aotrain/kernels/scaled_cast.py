@@ -71,6 +71,7 @@ def scaled_cast(
             multiples from 1 to 128.
     """
     if is_mx(scaling) and amax is None:
+        _check_unpadded(pad)
         return mx_cast(x_hp, scaling)
     if scaling.rounding != "nearest":
         raise ValueError("scaled_cast rounds to nearest; use formats.quantize with noise for stochastic rounding.")
@@ -102,6 +103,8 @@ def scaled_cast_both(
         The quantized x and the quantized transposition [..., columns, rows], both contiguous.
     """
     if is_mx(scaling) and is_mx(scaling_t):
+        _check_unpadded(pad)
+        _check_unpadded(pad_t)
         return mx_cast_both(x_hp, scaling, scaling_t)
     if scaling.rounding != "nearest" or scaling_t.rounding != "nearest":
         raise ValueError("scaled_cast_both rounds to nearest; use formats.quantize with noise for stochastic rounding.")
@@ -114,6 +117,11 @@ def scaled_cast_both(
         *(pad, pad_t),
     )
     return ScaledTensor(data, scale, scaling), ScaledTensor(data_t, scale_t, scaling_t)
+
+
+def _check_unpadded(pad: Multiples) -> None:
+    if tuple(pad) != UNPADDED:
+        raise ValueError(f"MX casts got pad={pad}; want (1, 1): their products pad codes and scales together.")
 
 
 def _check_pad(pad: Multiples) -> None:

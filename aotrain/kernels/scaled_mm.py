@@ -6,7 +6,8 @@ operands have the contracted dimension last ("nt" layout), so a scale block of (
 Backends that give the same result up to the order of accumulation:
 
 - **native**: `torch._scaled_mm` or `torch.nn.functional.scaled_mm` on hardware with float8 matrix units, and
-  `torch._int_mm`, on CPUs too. What they cannot take is padded with zeros and the result is cut back.
+  `torch._int_mm`, on CPUs too. What they cannot take is padded with zeros and the result is cut back: a pass over the
+  operand, which one that was cast with `operand_multiples` does not need.
 - **emulated**: float8 codes are exact in bfloat16, so a plain bfloat16 (or float32) product of the codes, scaled
   afterwards, is the same sum; with scales along K that are powers of two, so is a product of the dequantized operands.
   No rounded copy of an operand is made. On CPU, what surrounds the product is C++ (`_mm_cpu`).
@@ -27,10 +28,9 @@ from aotrain.formats import (
 from aotrain.formats.scaling import Block
 from aotrain.kernels._library import LIBRARY
 from aotrain.kernels._mm_cpu import decode_elements, dequantize_blocks, scale_product
+from aotrain.kernels._padding import Multiples, native_multiples, padded_shape, zero_pad
 from aotrain.kernels.mx_mm import mx_mm
 
-# What cuBLASLt demands of the leading dimensions of float8 operands.
-NATIVE_ALIGNMENT = 16
 # 127 * 127 * 2^17 < 2^31: longer sums of int8 products could overflow.
 _INT32_TERMS = 2**17
 
@@ -69,6 +69,20 @@ def scaled_mm(
         *(a.data, a.scale, a.scaling.block, b.data, b.scale, b.scaling.block),
         *(power_of_two, out_dtype, fast_accum, emulate),
     )
+
+
+def with_equal_depths(a: ScaledTensor, b: ScaledTensor) -> tuple[ScaledTensor, ScaledTensor]:
+    """The operands [M, K] and [N, K] of a product, the one with fewer columns zero-padded to those of the other.
+
+    For one that was cast with `operand_multiples` and one that was not: the columns differ by padding only, which adds
+    no scales.
+    """
+    columns = a.data.shape[1], b.data.shape[1]
+    if columns[0] == columns[1]:
+        return a, b
+    depth = max(columns)
+    a, b = (ScaledTensor(zero_pad(q.data, (q.data.shape[0], depth)), q.scale, q.scaling) for q in (a, b))
+    return a, b
 
 
 def _check(a: ScaledTensor, b: ScaledTensor) -> None:
@@ -179,14 +193,16 @@ def _int8(
     a: torch.Tensor, a_scale: torch.Tensor, b: torch.Tensor, b_scale: torch.Tensor, out_dtype: torch.dtype
 ) -> torch.Tensor:
     rows, columns = a.shape[0], b.shape[0]
-    if a.is_cuda:  # more than 16 rows, multiples of 8
-        a, b = _pad(a, 32 if rows <= 16 else 8, 8), _pad(b, 8, 8)
+    if a.is_cuda:
+        a = _pad(a, native_multiples(rows, True, ROWWISE, "lhs"))
+        b = _pad(b, native_multiples(columns, True, ROWWISE, "rhs"))
     product: torch.Tensor | None = None
     for start in range(0, a.shape[1], _INT32_TERMS):
-        part = torch._int_mm(a[:, start : start + _INT32_TERMS], b[:, start : start + _INT32_TERMS].t())
+        terms = min(_INT32_TERMS, a.shape[1] - start)
+        part = torch._int_mm(a.narrow(1, start, terms), b.narrow(1, start, terms).t())
         product = part if product is None else product.float() + part
     assert product is not None
-    return scale_product(product[:rows, :columns], a_scale, b_scale, out_dtype)
+    return scale_product(product.narrow(0, 0, rows).narrow(1, 0, columns), a_scale, b_scale, out_dtype)
 
 
 def _native(
@@ -202,7 +218,8 @@ def _native(
     if rowwise:  # both operands must then be rowwise
         a_scale = a_scale if a_scale.shape[0] == rows else a_scale.repeat(rows, 1)
         b_scale = b_scale if b_scale.shape[0] == columns else b_scale.repeat(columns, 1)
-    a, b = _pad(a, 0, NATIVE_ALIGNMENT), _pad(b, NATIVE_ALIGNMENT, NATIVE_ALIGNMENT)
+    a = _pad(a, native_multiples(rows, False, ROWWISE, "lhs"))
+    b = _pad(b, native_multiples(columns, False, ROWWISE, "rhs"))
     if rowwise:
         b_scale = torch.nn.functional.pad(b_scale, (0, 0, 0, b.shape[0] - columns), value=1.0)
     # Row-scaled kernels only write bfloat16.
@@ -231,8 +248,8 @@ def _native_blocks(
     """Scales per 128 elements along K, with K, M and N padded to what cuBLASLt takes; bfloat16 or float32 output."""
     rows, columns = a.shape[0], b.shape[0]
     square = b_block == BLOCKWISE_128X128
-    # A scale of a and of a 1x128 b is read down its rows, 16 bytes at a time, hence multiples of 4 rows.
-    a, b = _pad(a, 4, 128), _pad(b, 128 if square else NATIVE_ALIGNMENT, 128)
+    a = _pad(a, native_multiples(rows, False, BLOCKWISE_1X128, "lhs"))
+    b = _pad(b, native_multiples(columns, False, b_block, "rhs"))
     a_scale = _by_columns(a_scale, a.shape[0])
     if square:  # down its columns: [ceil(K / 128) padded to 4, N / 128]
         b_scale = torch.nn.functional.pad(b_scale, (0, -b_scale.shape[1] % 4), value=1.0).t()
@@ -260,13 +277,9 @@ def _by_columns(scale: torch.Tensor, rows: int) -> torch.Tensor:
     return padded.t().clone(memory_format=torch.contiguous_format).t()
 
 
-def _pad(data: torch.Tensor, row_multiple: int, column_multiple: int) -> torch.Tensor:
-    """Zero-pad [R, C] 8-bit data up to multiples; 0 leaves a dimension alone. Code 0 is zero in all formats."""
-    pad_rows = -data.shape[0] % row_multiple if row_multiple else 0
-    pad_columns = -data.shape[1] % column_multiple if column_multiple else 0
-    if not (pad_rows or pad_columns):
-        return data
-    return torch.nn.functional.pad(data.view(torch.uint8), (0, pad_columns, 0, pad_rows)).view(data.dtype)
+def _pad(data: torch.Tensor, multiples: Multiples) -> torch.Tensor:
+    """Zero-pad [R, C] 8-bit data up to multiples; an operand that was cast with them stays as it is."""
+    return zero_pad(data, padded_shape(data.shape, multiples))
 
 
 def _scaled_mm(

@@ -16,7 +16,7 @@ from typing import Protocol
 from aotrain.formats import BLOCKWISE_1X128, INT8, ROWWISE, TENSORWISE, Scaling, is_mx
 from aotrain.gpus import Gpu
 from aotrain.kernels import cast_kernel_gap, float8_problem
-from aotrain.kernels.scaled_mm import NATIVE_ALIGNMENT
+from aotrain.kernels._padding import NATIVE_ALIGNMENT
 from aotrain.nn.linear_work import Cast, Gemm, gemm_block
 from aotrain.recipes import LinearRecipe
 
@@ -135,20 +135,13 @@ class Roofline:
         return [f"modelled with fused casts, but {gap}: until then the recipe is slower than this" for gap in gaps]
 
     def _padding(self, gemm: Gemm) -> float:
-        """Copies of 8-bit operands, and of the output, whose sizes the hardware does not take."""
+        """A copy of an output whose row length the hardware does not take; the casts pad the operands for nothing."""
         if gemm.recipe.lhs is None:
             return 0.0
         multiple = 8 if gemm.recipe.lhs.element == INT8 else NATIVE_ALIGNMENT
-        # Groups of a contracted dimension are padded by their cast.
-        ragged = gemm.contracted % multiple if gemm.groups == 1 or gemm.divided == "rows" else 0
-        seconds = 0.0
-        if ragged:
-            seconds += self._move(2 * gemm.rows * gemm.contracted) + self.factors.kernel_fixed
-        if ragged or gemm.columns % multiple:
-            seconds += self._move(2 * gemm.columns * gemm.contracted) + self.factors.kernel_fixed
-        if gemm.columns % multiple:
-            seconds += self._move(4 * gemm.rows * gemm.columns) + self.factors.kernel_fixed
-        return seconds
+        if gemm.columns % multiple == 0:
+            return 0.0
+        return self._move(4 * gemm.rows * gemm.columns) + self.factors.kernel_fixed
 
     def _rate(self, gemm: Gemm) -> float:
         """Operations per second of a product with an endless contracted dimension."""

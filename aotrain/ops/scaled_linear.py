@@ -32,7 +32,14 @@ from typing import Any, Literal, Protocol, cast, runtime_checkable
 import torch
 
 from aotrain.formats import BLOCKWISE_128X128, TENSORWISE, ScaledTensor, Scaling
-from aotrain.kernels import scaled_cast, scaled_cast_after, scaled_cast_both, scaled_mm
+from aotrain.kernels import (
+    operand_multiples,
+    scaled_cast,
+    scaled_cast_after,
+    scaled_cast_both,
+    scaled_mm,
+    with_equal_depths,
+)
 from aotrain.recipes import GemmRecipe, LinearRecipe
 
 SAVE_FOR_BACKWARD = ("high_precision", "quantized", "recompute")
@@ -41,7 +48,7 @@ _SYMMETRIC_BLOCKS = (TENSORWISE, BLOCKWISE_128X128)
 
 
 class WeightCasts(Protocol):
-    """Where casts of a weight come from; a cache, for instance."""
+    """Where casts of a weight come from; a cache, for instance. They may be padded with zeros (`operand_multiples`)."""
 
     def __call__(
         self, weight: torch.Tensor, scaling: Scaling, *, transposed: bool, after: torch.Tensor | None = None
@@ -65,11 +72,14 @@ def cast_weight(
     """`WeightCasts` that keeps nothing. A weight that comes quantized is asked for its codes."""
     if isinstance(weight, QuantizedWeight):
         return weight.quantized(scaling, transposed=transposed)
-    return _cast(weight.t() if transposed else weight, scaling, after)
+    return _cast(weight.t() if transposed else weight, scaling, "rhs", after)
 
 
 class OperandCasts(Protocol):
-    """How the input and the gradient of the output are cast; with scales of more rows than are here, for instance."""
+    """How the input and the gradient of the output are cast; with scales of more rows than are here, for instance.
+
+    Casts may be padded with zeros (`operand_multiples`); products are cut back.
+    """
 
     def __call__(
         self,
@@ -95,17 +105,25 @@ def cast_operand(
     operand: Literal["input", "grad_output"],
     after: torch.Tensor | None = None,
 ) -> tuple[ScaledTensor | None, ScaledTensor | None]:
-    """`OperandCasts` with scales of what is here; what is needed both ways is read once."""
+    """`OperandCasts` with scales of what is here; what is needed both ways is read once.
+
+    On a GPU the casts come with the padding that their products need.
+    """
+    side_t: Literal["lhs", "rhs"] = "rhs" if operand == "input" else "lhs"
     if scaling is not None and scaling_t is not None and after is None:
-        return scaled_cast_both(x, scaling, scaling_t)
+        pad, pad_t = operand_multiples(x, scaling, "lhs"), operand_multiples(x.t(), scaling_t, side_t)
+        return scaled_cast_both(x, scaling, scaling_t, pad=pad, pad_t=pad_t)
     return (
-        None if scaling is None else _cast(x, scaling, after),
-        None if scaling_t is None else _cast(x.t(), scaling_t, after),
+        None if scaling is None else _cast(x, scaling, "lhs", after),
+        None if scaling_t is None else _cast(x.t(), scaling_t, side_t, after),
     )
 
 
-def _cast(x: torch.Tensor, scaling: Scaling, after: torch.Tensor | None) -> ScaledTensor:
-    return scaled_cast(x, scaling) if after is None else scaled_cast_after(x, scaling, after)
+def _cast(
+    x: torch.Tensor, scaling: Scaling, side: Literal["lhs", "rhs"], after: torch.Tensor | None
+) -> ScaledTensor:
+    pad = operand_multiples(x, scaling, side)
+    return scaled_cast(x, scaling, pad=pad) if after is None else scaled_cast_after(x, scaling, after, pad=pad)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,11 +201,11 @@ class _ScaledLinear(torch.autograd.Function):
             y = x @ weight.to(x.dtype).t()
         else:
             w_q = options.weight_casts(weight, output.rhs, transposed=False)
-            y = _product(x_q, w_q, output, x.dtype, options)
+            y = _product(x_q, w_q, output, x.dtype, options, (x.shape[0], weight.shape[0]))
         # x, or the codes of its transposition and their scale; the weight.
         kept = (None, None) if not ctx.needs_input_grad[1] else (x, None) if x_t is None else x_t[:2]
         ctx.save_for_backward(*kept, weight if ctx.needs_input_grad[0] else None)
-        ctx.options, ctx.dtypes = options, (x.dtype, weight.dtype)
+        ctx.options, ctx.dtypes, ctx.shapes = options, (x.dtype, weight.dtype), (x.shape, weight.shape)
         return y
 
     @staticmethod
@@ -210,7 +228,7 @@ class _ScaledLinear(torch.autograd.Function):
                 grad_input = (grad @ weight.to(grad.dtype)).to(ctx.dtypes[0])
             else:
                 w_q = options.weight_casts(weight, grad_input_recipe.rhs, transposed=True, after=after)
-                grad_input = _product(grad_q, w_q, grad_input_recipe, ctx.dtypes[0], options)
+                grad_input = _product(grad_q, w_q, grad_input_recipe, ctx.dtypes[0], options, ctx.shapes[0])
         if ctx.needs_input_grad[1]:
             scaling = grad_weight_recipe.rhs
             if grad_t is None or scaling is None:
@@ -221,14 +239,26 @@ class _ScaledLinear(torch.autograd.Function):
                     after = after if options.save_for_backward == "recompute" else None
                     _, x_t = options.operand_casts(x, None, scaling, operand="input", after=after)
                 assert x_t is not None
-                grad_weight = _product(grad_t, x_t, grad_weight_recipe, ctx.dtypes[1], options)
+                grad_weight = _product(grad_t, x_t, grad_weight_recipe, ctx.dtypes[1], options, ctx.shapes[1])
         return grad_input, grad_weight, None
 
 
 def _product(
-    lhs: ScaledTensor, rhs: ScaledTensor, recipe: GemmRecipe, out_dtype: torch.dtype, options: _Options
+    lhs: ScaledTensor,
+    rhs: ScaledTensor,
+    recipe: GemmRecipe,
+    out_dtype: torch.dtype,
+    options: _Options,
+    shape: tuple[int, ...],
 ) -> torch.Tensor:
-    return scaled_mm(lhs, rhs, out_dtype, fast_accum=recipe.fast_accum, emulate=options.emulate)
+    """The product of operands that may be padded, cut back to its shape; contiguous."""
+    lhs, rhs = with_equal_depths(lhs, rhs)
+    product = scaled_mm(lhs, rhs, out_dtype, fast_accum=recipe.fast_accum, emulate=options.emulate)
+    if product.shape[0] != shape[0]:
+        product = product.narrow(0, 0, shape[0])
+    if product.shape[1] != shape[1]:
+        product = product.narrow(1, 0, shape[1]).clone(memory_format=torch.contiguous_format)
+    return product
 
 
 def transpose_quantized(q: ScaledTensor) -> ScaledTensor | None:

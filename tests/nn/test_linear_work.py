@@ -1,6 +1,7 @@
 """The list of casts that a plan counts against those that a real forward and backward make."""
 
 import importlib
+from typing import Any
 
 import pytest
 import torch
@@ -25,17 +26,19 @@ class Recorder:
         for name in self._real:
             monkeypatch.setattr(module, name, getattr(self, name))
 
-    def scaled_cast(self, x: torch.Tensor, scaling: Scaling) -> ScaledTensor:
+    def scaled_cast(self, x: torch.Tensor, scaling: Scaling, **pads: Any) -> ScaledTensor:
         self.casts.append(Cast(*x.shape, scaling, not x.is_contiguous()))
-        return self._real["scaled_cast"](x, scaling)
+        return self._real["scaled_cast"](x, scaling, **pads)
 
     def scaled_mm(self, a: ScaledTensor, b: ScaledTensor, *args: object, **options: object) -> torch.Tensor:
         self.products.append((a.data.shape[0], b.data.shape[0], a.data.shape[1]))
         return self._real["scaled_mm"](a, b, *args, **options)
 
-    def scaled_cast_both(self, x: torch.Tensor, scaling: Scaling, scaling_t: Scaling) -> tuple[ScaledTensor, ...]:
+    def scaled_cast_both(
+        self, x: torch.Tensor, scaling: Scaling, scaling_t: Scaling, **pads: Any
+    ) -> tuple[ScaledTensor, ...]:
         self.casts.append(Cast(*x.shape, scaling, not x.is_contiguous(), scaling_t))
-        return self._real["scaled_cast_both"](x, scaling, scaling_t)
+        return self._real["scaled_cast_both"](x, scaling, scaling_t, **pads)
 
 
 @pytest.mark.parametrize("save_for_backward", SAVE_FOR_BACKWARD)

@@ -221,7 +221,7 @@ def test_operands_that_both_products_need_are_read_once(monkeypatch):
     casts = []
 
     def recording(name: str, original):
-        return lambda x, *scalings: casts.append((name, tuple(x.shape))) or original(x, *scalings)
+        return lambda x, *scalings, **pads: casts.append((name, tuple(x.shape))) or original(x, *scalings, **pads)
 
     for name in ("scaled_cast", "scaled_cast_both"):
         monkeypatch.setattr(module, name, recording(name, getattr(module, name)))
