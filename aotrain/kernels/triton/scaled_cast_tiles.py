@@ -328,7 +328,7 @@ def scaled_cast_tiles(
         else:
             maxima = matrix_maxima(x_hp, {b for b in (block, block_t) if -1 in b})
             if block_t == (128, 1):  # room for those that cross within a program
-                maxima[block_t] = torch.empty(batch * row_tiles * num_columns, dtype=torch.int32, device=x_hp.device)
+                maxima[block_t] = x_hp.new_empty((batch, row_tiles, num_columns), dtype=torch.int32)
         _scaled_cast_tiles_kernel[(batch * row_tiles * column_tiles,)](
             x_hp,
             *(data, scale, maxima.get(block, scale)),
