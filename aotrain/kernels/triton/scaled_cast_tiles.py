@@ -321,7 +321,7 @@ def scaled_cast_tiles(
     sizes = zip(padded_shape(x_hp.shape, pads)[1:], padded_shape(x_hp.shape, pads_t)[1:], strict=True)
     block, block_t = block or (0, 0), block_t[::-1] if block_t is not None else (0, 0)  # in x's coordinates
     tile = select_tile(block, block_t, vectors=num_rows % 16 == 0 == num_columns % 16)
-    row_tiles, column_tiles = (triton.cdiv(max(size), step) for size, step in zip(sizes, tile[:2], strict=True))
+    row_tiles, column_tiles = (-(-max(size) // step) for size, step in zip(sizes, tile[:2], strict=True))
     with torch.cuda.device_of(x_hp):
         if amax is not None:
             maxima = dict.fromkeys((block, block_t), amax.contiguous().view(torch.int32))
