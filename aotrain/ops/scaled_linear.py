@@ -119,9 +119,7 @@ def cast_operand(
     )
 
 
-def _cast(
-    x: torch.Tensor, scaling: Scaling, side: Literal["lhs", "rhs"], after: torch.Tensor | None
-) -> ScaledTensor:
+def _cast(x: torch.Tensor, scaling: Scaling, side: Literal["lhs", "rhs"], after: torch.Tensor | None) -> ScaledTensor:
     pad = operand_multiples(x, scaling, side)
     return scaled_cast(x, scaling, pad=pad) if after is None else scaled_cast_after(x, scaling, after, pad=pad)
 
