@@ -67,7 +67,7 @@ def grouped_cast(x_hp: torch.Tensor, layout: GroupLayout, scaling: Scaling) -> S
         data [M, K] with one scale per row, or per n elements of a row.
 
     Raises:
-        ValueError: another block, or stochastic rounding.
+        ValueError: the scaling has a `grouped_cast_gap`.
     """
     _check(scaling)
     data, scale = torch.ops.aotrain.grouped_cast(x_hp, layout.ends, *_names(scaling))
@@ -87,7 +87,7 @@ def grouped_cast_t(x_hp: torch.Tensor, layout: GroupLayout, scaling: Scaling) ->
         hold: every group has its own.
 
     Raises:
-        ValueError: another block or `align`, or stochastic rounding.
+        ValueError: the scaling has a `grouped_cast_gap`, or its blocks do not divide `align`.
     """
     _check_t(scaling, layout)
     data, scale = torch.ops.aotrain.grouped_cast_t(
@@ -115,14 +115,19 @@ def rows_scaling(scaling: Scaling) -> Scaling:
     return Scaling(element=scaling.element, scale=scaling.scale, block=ROWWISE, rounding=scaling.rounding)
 
 
-def _check(scaling: Scaling) -> None:
-    if scaling.rounding != "nearest":
-        raise ValueError("Casts of groups round to nearest; use formats.quantize with noise for stochastic rounding.")
+def grouped_cast_gap(scaling: Scaling) -> str | None:
+    """What keeps rows of groups, or their transpositions, from being cast to this format; None when they are."""
     if scaling.block != TENSORWISE and scaling.block[0] != 1:
-        raise ValueError(
-            f"Cast of groups got blocks of {scaling.block}, which would cover rows of several groups; want tensorwise, "
-            "rowwise or 1 x n."
-        )
+        return f"blocks of {scaling.block} would cover rows of several groups; want tensorwise, rowwise or 1 x n"
+    if scaling != _scaling(*_names(scaling)[:2], scaling.block):
+        return "elements depend on more than their block; want rounding to nearest without a transform before it"
+    return None
+
+
+def _check(scaling: Scaling) -> None:
+    gap = grouped_cast_gap(scaling)
+    if gap is not None:
+        raise ValueError(f"Cast of groups to {scaling}: {gap}.")
 
 
 def _check_t(scaling: Scaling, layout: GroupLayout) -> None:

@@ -20,7 +20,7 @@ import torch
 
 from aotrain.formats import ScaledTensor, Scaling
 from aotrain.kernels import scaled_cast
-from aotrain.kernels.grouped_cast import grouped_cast, grouped_cast_both, grouped_cast_t
+from aotrain.kernels.grouped_cast import grouped_cast, grouped_cast_both, grouped_cast_gap, grouped_cast_t
 from aotrain.kernels.groups import GroupLayout, group_layout, group_sum, row_groups
 from aotrain.kernels.scaled_grouped_mm import (
     grouped_mm,
@@ -66,13 +66,15 @@ def scaled_grouped_mm(
         gradient, whatever x and the gradient of the output hold there.
 
     Raises:
-        ValueError: shapes or devices that do not go together; on CPU also offsets out of order or beyond M, naming the
+        ValueError: shapes or devices that do not go together, or a recipe whose casts need more than a block of
+            elements (stochastic rounding, random transforms); on CPU also offsets out of order or beyond M, naming the
             group. On a GPU nobody waits for the offsets: a group that ends before it starts counts as empty, and one
             that ends beyond M ends there.
         TypeError: offsets that are not int32.
         RuntimeError: a GPU without the product and emulate=False.
     """
     _check(x, weight, offsets, bias)
+    _check_recipe(recipe)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     layout = group_layout(offsets, x.shape[0], _alignment(recipe))
@@ -97,6 +99,20 @@ def _check(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, bias: t
             f"scaled_grouped_mm got bias of shape {tuple(bias.shape)}; want ({weight.shape[2]},), or "
             f"({weight.shape[0]}, {weight.shape[2]}) for one per group."
         )
+
+
+def _check_recipe(recipe: LinearRecipe) -> None:
+    """Raise for a recipe that cannot cast groups, in forward already for backward's products."""
+    scalings = {"output": (recipe.output.lhs,), "grad_input": (recipe.grad_input.lhs,)}
+    scalings["grad_weight"] = (recipe.grad_weight.lhs, recipe.grad_weight.rhs)
+    for product, wanted in scalings.items():
+        for scaling in wanted:
+            gap = None if scaling is None else grouped_cast_gap(scaling)
+            if gap is not None:
+                raise ValueError(
+                    f"scaled_grouped_mm got a recipe that casts to {scaling} for {product}, which groups of rows "
+                    f"cannot: {gap}."
+                )
 
 
 class _ScaledGroupedMM(torch.autograd.Function):

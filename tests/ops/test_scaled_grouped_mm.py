@@ -3,11 +3,22 @@
 import pytest
 import torch
 
+from aotrain.formats import BLOCKWISE_128X128, FLOAT8_E4M3, Scaling
 from aotrain.ops import scaled_grouped_mm, scaled_linear
-from aotrain.recipes import RECIPES, LinearRecipe
+from aotrain.recipes import RECIPES as ALL_RECIPES
+from aotrain.recipes import GemmRecipe, LinearRecipe
 from aotrain.testing import assert_bitwise_equal, sqnr
 
 HIGH_PRECISION_RECIPE = LinearRecipe()
+# Those of linear layers but for stochastic rounding and random transforms, which the end of this file expects to raise.
+RECIPES = {
+    name: recipe
+    for name, recipe in ALL_RECIPES.items()
+    if all(
+        gemm.lhs is None or gemm.lhs.rounding == "nearest"
+        for gemm in (recipe.output, recipe.grad_input, recipe.grad_weight)
+    )
+}
 # Group sizes; the rows beyond their sum belong to no group.
 GROUPS = {
     "aligned": ([32, 64, 128], 224),
@@ -257,6 +268,25 @@ def test_error_against_high_precision(name: str):
 def test_two_runs_are_bit_equal(name: str):
     x, weight, offsets, grad = operands([20, 5], 30, 32, 16)
     assert_equal(*(run(x, weight, offsets, grad, RECIPES[name]) for _ in range(2)))
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [Scaling(element=FLOAT8_E4M3, rounding="stochastic"), Scaling(element=FLOAT8_E4M3, block=BLOCKWISE_128X128)],
+)
+@pytest.mark.parametrize("product", ["output", "grad_input", "grad_weight"])
+def test_a_recipe_that_groups_cannot_have_raises_in_forward(product: str, scaling: Scaling):
+    x, weight, offsets, _ = operands([3, 3, 2], 8, 32, 16)
+    recipe = LinearRecipe(**{product: GemmRecipe(lhs=scaling, rhs=Scaling(element=FLOAT8_E4M3))})
+    with pytest.raises(ValueError, match=f"for {product}, which groups of rows cannot: .*want"):
+        scaled_grouped_mm(x, weight, offsets, recipe)
+
+
+def test_recipes_of_linear_layers_that_are_left_out():
+    x, weight, offsets, _ = operands([3, 3, 2], 8, 32, 16)
+    for recipe in (recipe for name, recipe in ALL_RECIPES.items() if name not in RECIPES):
+        with pytest.raises(ValueError, match="want rounding to nearest"):
+            scaled_grouped_mm(x, weight, offsets, recipe)
 
 
 @pytest.mark.gpu
