@@ -103,16 +103,18 @@ def _check(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, bias: t
 
 def _check_recipe(recipe: LinearRecipe) -> None:
     """Raise for a recipe that cannot cast groups, in forward already for backward's products."""
-    scalings = {"output": (recipe.output.lhs,), "grad_input": (recipe.grad_input.lhs,)}
-    scalings["grad_weight"] = (recipe.grad_weight.lhs, recipe.grad_weight.rhs)
-    for product, wanted in scalings.items():
-        for scaling in wanted:
-            gap = None if scaling is None else grouped_cast_gap(scaling)
-            if gap is not None:
-                raise ValueError(
-                    f"scaled_grouped_mm got a recipe that casts to {scaling} for {product}, which groups of rows "
-                    f"cannot: {gap}."
-                )
+    for product, scaling in (
+        ("output", recipe.output.lhs),
+        ("grad_input", recipe.grad_input.lhs),
+        ("grad_weight", recipe.grad_weight.lhs),
+        ("grad_weight", recipe.grad_weight.rhs),
+    ):
+        gap = None if scaling is None else grouped_cast_gap(scaling)
+        if gap is not None:
+            raise ValueError(
+                f"scaled_grouped_mm got a recipe that casts to {scaling} for {product}, which groups of rows cannot: "
+                f"{gap}."
+            )
 
 
 class _ScaledGroupedMM(torch.autograd.Function):
