@@ -185,7 +185,7 @@ class TestInterpreted:
     def test_long_offsets(self, monkeypatch: pytest.MonkeyPatch):
         from aotrain.kernels.triton import grouped_cast as kernels
 
-        monkeypatch.setattr(kernels, "_long_offsets", lambda x, tile: True)
+        monkeypatch.setattr(kernels, "long_offsets", lambda x, tile: True)
         for block in (ROWWISE, BLOCKWISE_1X128):
             check_kernel(adversarial_matrix(43, 70), [5, 0, 37], 43, block, block)
 

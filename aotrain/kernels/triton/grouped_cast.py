@@ -24,7 +24,9 @@ from aotrain.formats.scaling import Block
 from aotrain.kernels.triton._numerics import magnitude_bits, saturating_cast, scales_from_amax_bits
 from aotrain.kernels.triton.groups import block_of_groups, group_of_tile, tiles_of_groups
 from aotrain.kernels.triton.scaled_cast import kernel_constants
-from aotrain.kernels.triton.scaled_cast_tiles import AMAX_TILE, SQUARE_TILE, WIDE_TILE, _long_offsets, _tile_offsets
+from aotrain.kernels.triton.scaled_cast_tiles import AMAX_TILE, SQUARE_TILE, WIDE_TILE
+from aotrain.kernels.triton.scaled_cast_tiles import _long_offsets as long_offsets
+from aotrain.kernels.triton.scaled_cast_tiles import _tile_offsets as tile_offsets
 
 GROUPED_BLOCKS: tuple[Block, ...] = (ROWWISE, BLOCKWISE_1X128)
 # Rows of a program of the maxima: the more, the fewer atomics. Not measured on a GPU yet.
@@ -56,7 +58,7 @@ def _grouped_amax_kernel(
         end = tl.minimum(tl.load(ends_ptr + group), start + (local + 1) * ROWS)
         first_column = (program % column_tiles).to(tl.int64) * BLOCK_K
         columns = first_column + tl.arange(0, BLOCK_K)
-        offsets = _tile_offsets(stride_m, stride_k, LONG_OFFSETS, BLOCK_M, BLOCK_K)
+        offsets = tile_offsets(stride_m, stride_k, LONG_OFFSETS, BLOCK_M, BLOCK_K)
         long_stride_m = first_column * 0 + stride_m  # of 64 bits: a Python number has no type to convert
         largest = tl.zeros((BLOCK_M, BLOCK_K), tl.int32)
         for first in range(start + local * ROWS, end, BLOCK_M):
@@ -116,7 +118,7 @@ def _grouped_cast_kernel(
         rows, columns = first_row + tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_K)
         mask = (rows < end)[:, None] & (columns < K)[None, :]
         x_tile = x_ptr + first_row * stride_m + first_column * stride_k
-        x_offsets = _tile_offsets(stride_m, stride_k, LONG_OFFSETS, BLOCK_M, BLOCK_K)
+        x_offsets = tile_offsets(stride_m, stride_k, LONG_OFFSETS, BLOCK_M, BLOCK_K)
         x_hp = tl.load(x_tile + x_offsets, mask=mask, other=0.0)
 
         if COLUMNS == -1:
@@ -140,7 +142,7 @@ def _grouped_cast_kernel(
             tl.store(scale_ptrs, scale, mask=scale_mask)
             data = saturating_cast(x * inv_scale[:, None], ELEMENT, ELEMENT_MAX)
             data_tile = data_ptr + first_row * K + first_column
-            tl.store(data_tile + _tile_offsets(K, 1, LONG_OFFSETS, BLOCK_M, BLOCK_K), data, mask=mask)
+            tl.store(data_tile + tile_offsets(K, 1, LONG_OFFSETS, BLOCK_M, BLOCK_K), data, mask=mask)
         tl.debug_barrier()
         # Before anything else: the compiler can then exchange 16-bit elements, four 8 x 8 matrices an instruction.
         x = tl.trans(x_hp).to(tl.float32)
@@ -153,7 +155,7 @@ def _grouped_cast_kernel(
             tl.store(scale_ptrs, scale, mask=amax_mask)
         data = saturating_cast(x * inv_scale[:, None], ELEMENT, ELEMENT_MAX)
         data_t_tile = data_t_ptr + first_column * M_PAD + first_padded
-        offsets_t = _tile_offsets(M_PAD, 1, LONG_OFFSETS, BLOCK_K, BLOCK_M)
+        offsets_t = tile_offsets(M_PAD, 1, LONG_OFFSETS, BLOCK_K, BLOCK_M)
         fits = first_padded + tl.arange(0, BLOCK_M) < padded_end
         tl.store(data_t_tile + offsets_t, data, mask=(columns < K)[:, None] & fits[None, :])
 
@@ -204,7 +206,7 @@ def grouped_cast_both(
             ROWS=0 if block is None else block[1],
             COLUMNS=block_t[1],
             **kernel_constants(element, scale_format),
-            LONG_OFFSETS=_long_offsets(x_hp[None], tile) or padded_rows * tile.block_k >= 2**31,
+            LONG_OFFSETS=long_offsets(x_hp[None], tile) or padded_rows * tile.block_k >= 2**31,
             BLOCK_M=tile.block_m,
             BLOCK_K=tile.block_k,
             BLOCK_E=block_of_groups(num_groups),
@@ -225,7 +227,7 @@ def _amax(x: torch.Tensor, ends: torch.Tensor, of_rows: bool, of_columns: bool) 
     _grouped_amax_kernel[(tiles,)](
         *(x, ends, rows, columns, num_groups, num_columns, *x.stride()),
         OF_ROWS=of_rows,
-        LONG_OFFSETS=_long_offsets(x[None], AMAX_TILE),
+        LONG_OFFSETS=long_offsets(x[None], AMAX_TILE),
         ROWS=AMAX_ROWS,
         BLOCK_M=AMAX_TILE.block_m,
         BLOCK_K=AMAX_TILE.block_k,
