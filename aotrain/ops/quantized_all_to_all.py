@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
-from torch.distributed import _functional_collectives as collectives
 
 from aotrain.formats import (
     BLOCKWISE_1X32,
@@ -184,6 +183,9 @@ def exchange_rows(
     x: torch.Tensor, output_splits: Sequence[int], input_splits: Sequence[int], group: "Group" = None
 ) -> torch.Tensor:
     """The collective itself: rows of any dtype, without a gradient. Waits for them."""
+    # Here, because it takes as long to import as half of this package.
+    from torch.distributed import _functional_collectives as collectives
+
     where = cast(dist.ProcessGroup, dist.group.WORLD if group is None else group)
     received = collectives.all_to_all_single(x.contiguous(), list(output_splits), list(input_splits), where)
     return collectives.wait_tensor(received)
