@@ -26,6 +26,7 @@ from aotrain.testing import assert_bitwise_equal
 from benchmarks.case import Case
 from benchmarks.float8 import float8_cases
 from benchmarks.moe import moe_cases
+from benchmarks.nvfp4 import nvfp4_cases
 from benchmarks.optim import optim_cases
 from benchmarks.routing import routing_cases
 
@@ -101,6 +102,7 @@ BENCHMARKS: dict[str, Callable[[torch.device], Iterator[Case]]] = {
     "scaled_cast": scaled_cast_cases,
     "float8": float8_cases,
     "moe": moe_cases,
+    "nvfp4": nvfp4_cases,
     "optim": optim_cases,
     "routing": routing_cases,
 }

@@ -32,7 +32,9 @@ benchmark() { # name, repeats
 }
 
 benchmark float8 20
+benchmark moe 20
 benchmark optim 30
 benchmark routing 20
 benchmark scaled_cast 20
+benchmark nvfp4 20
 exit $failed

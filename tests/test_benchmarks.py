@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from aotrain.recipes import RECIPES
-from benchmarks import float8, moe, registry, routing, run
+from benchmarks import float8, moe, nvfp4, registry, routing, run
 from benchmarks.case import Case
 
 ORIGIN = ("hardware", "driver", "torch", "triton", "commit")
@@ -115,6 +115,13 @@ def test_routing_is_measured_beside_torch(tmp_path, monkeypatch):
     names = [row["case"].removeprefix("routing-") for row in csv.DictReader((tmp_path / "routing.csv").open())]
     permuting = ["indices", "permute", "permute-torch", "permute-codes", "pack"]
     assert names == [*permuting, "combine", "combine-torch"]
+
+
+def test_nvfp4_measures_its_layers_beside_bfloat16(tmp_path, monkeypatch):
+    monkeypatch.setattr(nvfp4, "CPU_SHAPES", ((64, 128, 96),))
+    assert run.main(["nvfp4", "--out", str(tmp_path), "--repeats", "2"]) == 0
+    rows = list(csv.DictReader((tmp_path / "nvfp4.csv").open()))
+    assert [row["case"] for row in rows] == ["nvfp4-bf16", *(f"nvfp4-{name}" for name in nvfp4.LAYERS)]
 
 
 def test_every_scaling_of_a_recipe_is_measured(small):
