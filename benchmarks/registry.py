@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from aotrain.formats import (
+    BLOCKWISE_1X32,
     BLOCKWISE_1X128,
     BLOCKWISE_128X128,
     FLOAT8_E4M3,
@@ -36,6 +37,7 @@ CASTS: dict[str, Scaling] = {
     "rowwise": Scaling(element=FLOAT8_E4M3, scale=SCALE_FORMATS["float32_pow2"], block=ROWWISE),
     "1x128": Scaling(element=FLOAT8_E4M3, scale=SCALE_FORMATS["float32_pow2"], block=BLOCKWISE_1X128),
     "128x128": Scaling(element=FLOAT8_E4M3, scale=SCALE_FORMATS["float32_pow2"], block=BLOCKWISE_128X128),
+    "mxfp8": Scaling(element=FLOAT8_E4M3, scale=SCALE_FORMATS["e8m0_rceil"], block=BLOCKWISE_1X32),
     "int8-rowwise": Scaling(element=INT8, block=ROWWISE),
 }
 # Rows x columns of activations and weights: Llama 3 8B and 70B at 16k tokens. A CPU gets the same aspect at less cost.
@@ -77,11 +79,11 @@ def _cast_case(name: str, x: torch.Tensor, scaling: Scaling | None, scaling_t: S
             assert_bitwise_equal(got.scale, want.scale)
 
     # Rows as they lie in memory fit a program; tensors, columns, and rows of a transposition do not.
-    one_read = all(s.block in (BLOCKWISE_1X128, BLOCKWISE_128X128) for _, s in wanted) or (
+    one_read = all(s.block in (BLOCKWISE_1X32, BLOCKWISE_1X128, BLOCKWISE_128X128) for _, s in wanted) or (
         scaling_t is None and scaling is not None and scaling.block == ROWWISE
     )
     moved = x.numel() * ((2 if one_read else 4) + len(wanted))
-    moved += sum(4 * math.prod(scale_shape(operand.shape, s.block)) for operand, s in wanted)
+    moved += sum(s.scale.dtype.itemsize * math.prod(scale_shape(operand.shape, s.block)) for operand, s in wanted)
     shape = f"{x.shape[0]}x{x.shape[1]}"
     return Case(name=f"scaled_cast-{name}", shape=shape, run=run, check=check, bytes_moved=moved)
 

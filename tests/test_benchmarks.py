@@ -142,12 +142,12 @@ def test_bytes_that_a_cast_must_move(small):
 
 
 def test_moe_measures_our_recipes_beside_torch(tmp_path, monkeypatch):
-    monkeypatch.setattr(moe, "CPU_SHAPES", ((256, 64, 48, 4),))
+    monkeypatch.setattr(moe, "CPU_SHAPES", ((256, 64, 96, 4),))
     assert run.main(["moe", "--out", str(tmp_path), "--repeats", "2"]) == 0
     rows = list(csv.DictReader((tmp_path / "moe.csv").open()))
     names = ["moe-bf16", *(f"moe-aotrain-{name}" for name in moe.MOE_RECIPES)]
     assert [row["case"] for row in rows][: len(names)] == names
-    assert {row["shape"] for row in rows} == {"256x64x48x4"}
+    assert {row["shape"] for row in rows} == {"256x64x96x4"}
 
 
 def test_uneven_groups_share_all_tokens_in_multiples_of_32():

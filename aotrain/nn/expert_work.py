@@ -10,7 +10,7 @@ Of E experts with weights [N, K], a GPU multiplies M rows in all, sorted by expe
 from dataclasses import replace
 from typing import NamedTuple
 
-from aotrain.nn.linear_work import Cast, Gemm, linear_gemms
+from aotrain.nn.linear_work import Cast, Gemm, linear_gemms, operand_casts
 from aotrain.recipes import LinearRecipe
 
 
@@ -42,12 +42,12 @@ def grouped_casts(m: int, n: int, k: int, experts: int, recipe: LinearRecipe) ->
     Weights are counted as one matrix of all experts' rows.
     """
     output, grad_input, grad_weight = recipe.output, recipe.grad_input, recipe.grad_weight
-    casts = (
-        Cast(m, k, output.lhs, False),
-        Cast(experts * n, k, output.rhs, False),
-        Cast(m, n, grad_input.lhs, False),
-        Cast(experts * k, n, grad_input.rhs, True),
-        Cast(n, m, grad_weight.lhs, True),
-        Cast(k, m, grad_weight.rhs, True),
-    )
-    return tuple(cast for cast in casts if cast.scaling is not None)
+    casts = operand_casts(m, k, output.lhs, None)
+    if output.rhs is not None:
+        casts.append(Cast(experts * n, k, output.rhs, False))
+    casts += operand_casts(m, n, grad_input.lhs, grad_weight.lhs)
+    if grad_input.rhs is not None:
+        casts.append(Cast(experts * k, n, grad_input.rhs, True))
+    if grad_weight.rhs is not None:
+        casts.append(Cast(k, m, grad_weight.rhs, True))
+    return tuple(casts)

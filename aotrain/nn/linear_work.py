@@ -74,10 +74,10 @@ def linear_casts(
     """
     output, grad_input, grad_weight = recipe.output, recipe.grad_input, recipe.grad_weight
     keep_codes = save_for_backward == "quantized"
-    casts = _operand(m, k, output.lhs, grad_weight.rhs if keep_codes else None)
+    casts = operand_casts(m, k, output.lhs, grad_weight.rhs if keep_codes else None)
     if output.rhs is not None:
         casts.append(Cast(n, k, output.rhs, False))
-    casts += _operand(m, n, grad_input.lhs, grad_weight.lhs)
+    casts += operand_casts(m, n, grad_input.lhs, grad_weight.lhs)
     if grad_input.rhs is not None:
         casts.append(Cast(k, n, grad_input.rhs, True))
     if grad_weight.rhs is not None and not keep_codes:
@@ -85,7 +85,7 @@ def linear_casts(
     return tuple(casts)
 
 
-def _operand(rows: int, columns: int, scaling: Scaling | None, scaling_t: Scaling | None) -> list[Cast]:
+def operand_casts(rows: int, columns: int, scaling: Scaling | None, scaling_t: Scaling | None) -> list[Cast]:
     """Casts of a matrix and of its transposition, each where it has a scaling."""
     if scaling is not None:
         return [Cast(rows, columns, scaling, False, scaling_t)]

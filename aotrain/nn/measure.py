@@ -22,6 +22,7 @@ import torch
 import aotrain.kernels
 from aotrain.formats import INT8, is_mx
 from aotrain.kernels import mx_mm_problem, native_scaled_mm_problem, scaled_cast, scaled_cast_both, scaled_mm
+from aotrain.kernels._padding import NATIVE_ALIGNMENT
 from aotrain.kernels.grouped_cast import grouped_cast, grouped_cast_t
 from aotrain.kernels.groups import group_layout
 from aotrain.kernels.scaled_grouped_mm import (
@@ -30,7 +31,6 @@ from aotrain.kernels.scaled_grouped_mm import (
     scaled_grouped_mm,
     scaled_grouped_mm_contracted,
 )
-from aotrain.kernels.scaled_mm import NATIVE_ALIGNMENT
 from aotrain.nn.linear_work import Cast, Gemm, gemm_block
 from aotrain.recipes import LinearRecipe
 

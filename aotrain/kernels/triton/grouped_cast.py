@@ -24,9 +24,8 @@ from aotrain.formats.scaling import Block
 from aotrain.kernels.triton._numerics import magnitude_bits, saturating_cast, scales_from_amax_bits
 from aotrain.kernels.triton.groups import block_of_groups, group_of_tile, tiles_of_groups
 from aotrain.kernels.triton.scaled_cast import kernel_constants
-from aotrain.kernels.triton.scaled_cast_tiles import AMAX_TILE, SQUARE_TILE, WIDE_TILE
-from aotrain.kernels.triton.scaled_cast_tiles import _long_offsets as long_offsets
-from aotrain.kernels.triton.scaled_cast_tiles import _tile_offsets as tile_offsets
+from aotrain.kernels.triton.scaled_cast_amax import AMAX_TILE, long_offsets, tile_offsets
+from aotrain.kernels.triton.scaled_cast_tiles import SQUARE_TILE, WIDE_TILE
 
 GROUPED_BLOCKS: tuple[Block, ...] = (ROWWISE, BLOCKWISE_1X128)
 # Rows of a program of the maxima: the more, the fewer atomics. Not measured on a GPU yet.

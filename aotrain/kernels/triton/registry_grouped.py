@@ -10,7 +10,8 @@ from aotrain.formats.scaling import Block
 from aotrain.kernels.triton import grouped_cast, grouped_mm, groups
 from aotrain.kernels.triton.kernel_variant import POINTER_OF_ELEMENT, KernelVariant
 from aotrain.kernels.triton.scaled_cast import kernel_constants
-from aotrain.kernels.triton.scaled_cast_tiles import AMAX_TILE, SQUARE_TILE, WIDE_TILE
+from aotrain.kernels.triton.scaled_cast_amax import AMAX_TILE
+from aotrain.kernels.triton.scaled_cast_tiles import SQUARE_TILE, WIDE_TILE
 
 # Of the experts of a large model; vectors over groups are the only thing that depends on it.
 _BLOCK_E = 128
