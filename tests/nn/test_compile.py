@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from aotrain.nn import Float8LinearConfig, convert_to_float8_training
+from aotrain.nn.float8_config import FLOAT8_LINEAR_RECIPES
 from aotrain.ops.scaled_linear import SAVE_FOR_BACKWARD
-from aotrain.recipes import RECIPES
 from aotrain.testing import assert_bitwise_equal
 
 
@@ -37,7 +37,7 @@ def train(model: nn.Module, forward: object, steps: int = 4) -> list[torch.Tenso
 
 
 @pytest.mark.parametrize("save_for_backward", SAVE_FOR_BACKWARD)
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", FLOAT8_LINEAR_RECIPES)
 def test_one_graph_for_all_steps_with_the_bits_of_eager(name: str, save_for_backward: str):
     torch.compiler.reset()
     eager, compiled = (build(name, save_for_backward=save_for_backward) for _ in range(2))

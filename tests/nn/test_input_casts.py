@@ -43,9 +43,9 @@ def casts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     for name in ("scaled_cast", "scaled_cast_both"):
         original = getattr(module, name)
 
-        def counted(x: torch.Tensor, *scalings: Any, original: Any = original) -> Any:
+        def counted(x: torch.Tensor, *scalings: Any, original: Any = original, **options: Any) -> Any:
             seen.append(tuple(x.shape))
-            return original(x, *scalings)
+            return original(x, *scalings, **options)
 
         monkeypatch.setattr(module, name, counted)
     return seen

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from aotrain.kernels._padding import native_multiples
 from aotrain.kernels.scaled_mm import _int8, _native, _native_blocks
+from aotrain.nn.float8_config import FLOAT8_LINEAR_RECIPES
 from aotrain.ops import scaled_linear
 from aotrain.ops.scaled_linear import _Options, _ScaledLinear, cast_operand, cast_weight
 from aotrain.recipes import RECIPES
@@ -73,7 +74,7 @@ def _train_on_a_fake_gpu(name: str, m: int, k: int, n: int, save_for_backward: s
 
 @pytest.mark.parametrize("save_for_backward", ["high_precision", "quantized"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", FLOAT8_LINEAR_RECIPES)
 def test_codes_go_from_cast_to_product_as_they_are(name: str, shape, save_for_backward: str) -> None:
     ops = _train_on_a_fake_gpu(name, *shape, save_for_backward)
     assert ops.products == sum(
@@ -103,7 +104,7 @@ def _on_cpu(name: str, m: int, k: int, n: int, save_for_backward: str) -> list[t
 
 @pytest.mark.parametrize("padded_side", ["both", "lhs", "rhs"])
 @pytest.mark.parametrize("save_for_backward", ["high_precision", "quantized"])
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", FLOAT8_LINEAR_RECIPES)
 def test_padding_changes_no_bit(
     name: str, save_for_backward: str, padded_side: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
