@@ -25,6 +25,7 @@ from aotrain.nn.mx_config import (
 )
 from aotrain.nn.mx_linear import MXFP8Linear, MXLinear
 from aotrain.nn.nvfp4_linear import NVFP4Linear, NVFP4TrainingConfig
+from aotrain.nn.moe import convert_moe_training
 from aotrain.nn.plan import Plan, PlanRow, make_plan
 from aotrain.nn.report import Report, ReportRow, conversion_report
 from aotrain.nn.tail_filter import keep_tail_layers
@@ -55,6 +56,7 @@ __all__ = [
     "ScalingType",
     "auto_filter_for_recipe",
     "conversion_report",
+    "convert_moe_training",
     "convert_to_float8_training",
     "convert_to_mx_training",
     "keep_tail_layers",

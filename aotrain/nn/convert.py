@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from aotrain.nn.experts import expert_scaling, restore_experts
 from aotrain.nn.filters import ModuleFilter
 from aotrain.nn.float8_config import Float8LinearConfig
 from aotrain.nn.float8_linear import Float8Linear, LayerConfig, clone_as
@@ -103,13 +104,13 @@ def convert_linears(
 
 
 def unconvert(module: torch.nn.Module) -> torch.nn.Module:
-    """Turn every `Float8Linear` and `MXLinear` back into `nn.Linear` with the same parameters, in place.
+    """Undo `convert_to_float8_training`, `convert_to_mx_training` and `convert_moe_training` in place, same parameters.
 
     Returns:
         The same module; a new one only when `module` itself is a `Float8Linear`.
 
     Raises:
-        ValueError: the model has no `Float8Linear`.
+        ValueError: the model has neither a `Float8Linear` nor converted experts.
     """
     count = 0
 
@@ -123,9 +124,13 @@ def unconvert(module: torch.nn.Module) -> torch.nn.Module:
             del plain.__dict__[attribute]
         return plain
 
+    for experts in list(module.modules()):
+        if expert_scaling(experts) is not None:
+            restore_experts(experts)
+            count += 1
     module = _swap_linears(module, restore)
     if count == 0:
-        raise ValueError("unconvert found no Float8Linear in the model; was it converted?")
+        raise ValueError("unconvert found no Float8Linear and no converted experts in the model; was it converted?")
     unwrap_weights(module)
     return module
 

@@ -24,6 +24,8 @@ class Report:
 
     title: str
     rows: tuple[ReportRow, ...]
+    # What is counted.
+    what: str = "layers"
 
     @property
     def converted(self) -> tuple[str, ...]:
@@ -42,7 +44,7 @@ class Report:
             reasons[reason] = reasons.get(reason, 0) + 1
         why = "; ".join(f"{count} {reason}" for reason, count in sorted(reasons.items(), key=lambda item: -item[1]))
         skipped = f", skipped {len(self.skipped)} ({why})" if why else ""
-        return f"{self.title}: converted {len(self.converted)} layers{skipped}"
+        return f"{self.title}: converted {len(self.converted)} {self.what}{skipped}"
 
     def __str__(self) -> str:
         lines = [self.summary()]
