@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-import aotrain.kernels  # noqa: F401  registers torch.ops.aotrain
+import aotrain.kernels.scaled_grouped_mm  # registers torch.ops.aotrain
 
 _aten = torch.ops.aten
 _PRODUCTS = (
     *(torch.ops.aotrain.scaled_mm.default, torch.ops.aotrain.mx_mm.default, torch.ops.aotrain.nvfp4_mm.default),
     *(_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default, _aten.linear.default),
     *(_aten._scaled_mm.default, _aten._int_mm.default),
+    *(torch.ops.aotrain.scaled_grouped_mm.default, torch.ops.aotrain.grouped_mm.default, _aten._grouped_mm.default),
 )
 _ATTENTION = tuple(
     getattr(_aten, name).default

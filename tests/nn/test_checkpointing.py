@@ -9,11 +9,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from aotrain.nn import Float8LinearConfig, convert_to_float8_training
+from aotrain.nn import Float8LinearConfig, convert_moe_training, convert_to_float8_training
 from aotrain.nn.checkpointing import save_products
 from aotrain.nn.float8_config import FLOAT8_LINEAR_RECIPES
 from aotrain.ops.scaled_linear import SAVE_FOR_BACKWARD
 from aotrain.testing import assert_bitwise_equal
+from tests.nn.experts import Experts, rows
 
 
 class Count(TorchDispatchMode):
@@ -97,3 +98,27 @@ def test_layers_that_share_an_input_inside_and_outside_of_a_region(context_fn: A
 def test_a_number_of_products_below_one():
     with pytest.raises(ValueError, match="got every=0; want 1"):
         save_products(0)
+
+
+@pytest.mark.parametrize("converted", [True, False])
+def test_grouped_products_of_experts_are_kept(converted: bool):
+    experts, (x, offs) = Experts(), rows()
+    if converted:
+        convert_moe_training(experts)
+    product = "aotrain.scaled_grouped_mm.default" if converted else "aten._grouped_mm.default"
+    results = []
+    for context_fn in (None, save_products()):
+        experts.zero_grad()
+        with Count() as count:
+            if context_fn is None:
+                out = experts(x, offs)
+            else:
+                out = checkpoint(experts, x, offs, use_reentrant=False, context_fn=context_fn)
+            forward = count.calls[product]
+            out.square().sum().backward()
+        results.append(([param.grad for param in experts.parameters()], forward, count.calls[product]))
+    (plain, *without), (kept, *with_checkpoint) = results
+    assert without == with_checkpoint
+    assert without[0] == 2
+    for got, want in zip(kept, plain, strict=True):
+        assert_bitwise_equal(got, want)
