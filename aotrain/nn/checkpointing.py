@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-import aotrain.kernels.scaled_grouped_mm  # registers torch.ops.aotrain
+import aotrain.kernels.scaled_grouped_mm  # noqa: F401  registers torch.ops.aotrain
 
 _aten = torch.ops.aten
 _PRODUCTS = (

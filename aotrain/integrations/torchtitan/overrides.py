@@ -4,9 +4,10 @@
         --override.imports 'aotrain.integrations.torchtitan.overrides.float8_linear={"recipe": "float8_tensorwise"}'
         aotrain.integrations.torchtitan.overrides.optimizer
 
-``float8_linear`` converts the linear layers of all transformer blocks; the output layer stays as it is. For another
-choice of layers, write such a function in a module of your own, with ``fqns`` globs as you need them, around
-``linear.float8_linear_config``. On torch 2.15 with a GPU, ``--module llama3`` takes these imports just as well.
+``float8_linear`` converts the linear layers of all transformer blocks, and ``experts`` the experts of MoE layers; the
+output layer and the gates of routers stay as they are. For another choice of layers, write such a function in a module
+of your own, with ``fqns`` globs as you need them, around ``linear.float8_linear_config`` or
+``experts.experts_config``. On torch 2.15 with a GPU, ``--module llama3`` takes these imports just as well.
 """
 
 from __future__ import annotations
@@ -16,16 +17,26 @@ from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.config.override import derive, override
 from torchtitan.models.common.attention import FlexAttention, VarlenAttention
 from torchtitan.models.common.linear import Linear
+from torchtitan.models.common.moe import GroupedExperts
 from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher
 
 from aotrain.integrations.torchtitan.attention import DocumentSDPA
 from aotrain.integrations.torchtitan.dispatcher import QuantizedTokenDispatcher, dispatcher_config
+from aotrain.integrations.torchtitan.experts import experts_config
 from aotrain.integrations.torchtitan.linear import Float8Linear, float8_linear_config
 from aotrain.integrations.torchtitan.metrics import RunMetrics
 from aotrain.integrations.torchtitan.optim import LowBitOptimizers, with_low_bit
 
+# Parts of a transformer block whose linear layers are converted: all but the gates of routers.
+_PARTS = ("attention", "attn", "linear_attn", "feed_forward", "shared_experts", "mlp")
 
-@override(target=Linear.Config, fqns=["*.layers.*"], exact=True, description="float8 products in transformer blocks")
+
+@override(
+    target=Linear.Config,
+    fqns=[f"*.layers.*.{part}.*" for part in _PARTS],
+    exact=True,
+    description="float8 products in transformer blocks",
+)
 def float8_linear(
     config: Linear.Config,
     *,
@@ -43,6 +54,14 @@ def token_dispatcher(
 ) -> QuantizedTokenDispatcher.Config:
     """Expert parallelism with low-precision all-to-all, and groups padded for grouped products."""
     return dispatcher_config(config, payload=payload, pad_multiple=pad_multiple)
+
+
+@override(target=GroupedExperts.Config, description="low-precision experts")
+def experts(
+    config: GroupedExperts.Config, *, recipe: str = "float8_rowwise", emulate: bool = False
+) -> GroupedExperts.Config:
+    """The experts of all MoE layers in the formats of ``recipe``."""
+    return experts_config(config, recipe=recipe, emulate=emulate)
 
 
 @override(target=OptimizersContainer.Config, description="low-bit AdamW state")

@@ -12,15 +12,14 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from aotrain.integrations.torchtitan.families import DEBUG, FAMILIES
+
 if TYPE_CHECKING:
     from torchtitan.models.common.moe import MoE
     from torchtitan.protocols.model_spec import ModelSpec
 
     from aotrain.nn.expert_work import Experts
     from aotrain.nn.layer_times import Layer
-
-# Our own model; torchtitan's sizes are written in any case.
-_DEBUG = "debug"
 
 
 def families() -> dict[str, tuple[str, ...]]:
@@ -34,12 +33,14 @@ def families() -> dict[str, tuple[str, ...]]:
         raise ImportError("no torchtitan; pip install 'aotrain[titan]'")
     models = Path(spec.submodule_search_locations[0]) / "models"
     found = {path.parent.name: _sizes(path) for path in sorted(models.glob("*/__init__.py"))}
-    found["llama3"] = (_DEBUG, *found.get("llama3", ()))
+    for name, family in FAMILIES.items():
+        if DEBUG in family.sizes:  # ours
+            found[name] = (DEBUG, *found.get(name, ()))
     return {family: sizes for family, sizes in found.items() if sizes}
 
 
 def layer_shapes(family: str, size: str) -> list[Layer]:
-    """Every plain linear layer, those with a computation of their own are never converted; then all experts.
+    """Every plain linear layer that may be converted, which gates of routers may not; then all experts.
 
     Raises:
         ValueError: the family needs a package that is not installed.
@@ -48,13 +49,13 @@ def layer_shapes(family: str, size: str) -> list[Layer]:
 
     compat.install()
     from torchtitan.models.common.linear import Linear
-    from torchtitan.models.common.moe import MoE
+    from torchtitan.models.common.moe import MoE, TokenChoiceTopKRouter
 
     model = _spec(family, size).model
     linears = [
         (fqn, linear.out_features, linear.in_features)
-        for fqn, linear, _, _ in model.traverse(Linear.Config)
-        if type(linear) is Linear.Config
+        for fqn, linear, parent, _ in model.traverse(Linear.Config)
+        if type(linear) is Linear.Config and not isinstance(parent, TokenChoiceTopKRouter.Config)
     ]
     mixtures = ((fqn, moe) for fqn, moe, _, _ in model.traverse(MoE.Config) if isinstance(moe, MoE.Config))
     return [*linears, *(_experts(fqn, moe) for fqn, moe in mixtures)]
@@ -73,10 +74,10 @@ def _experts(fqn: str, moe: MoE.Config) -> Experts:
 
 
 def _spec(family: str, size: str) -> ModelSpec:
-    from aotrain.integrations.torchtitan.models import llama3_spec
+    from aotrain.integrations.torchtitan.models import model_spec
 
-    if (family, size) == ("llama3", _DEBUG):
-        return llama3_spec(size, "sdpa")
+    if size == DEBUG:
+        return model_spec(family, size, "sdpa")
     try:
         return importlib.import_module(f"torchtitan.models.{family}").model_registry(size)
     except ImportError as error:

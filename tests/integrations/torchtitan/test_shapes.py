@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from aotrain.integrations.torchtitan.families import FAMILIES
 from aotrain.integrations.torchtitan.models import llama3_spec
 from aotrain.integrations.torchtitan.shapes import families, layer_shapes
 from aotrain.nn.expert_work import Experts
@@ -22,7 +23,7 @@ from aotrain.nn.expert_work import Experts
 )
 def test_sizes_are_those_of_the_package(family, table):
     loaded = getattr(importlib.import_module(f"torchtitan.models.{family}"), table)
-    ours = {"debug"} if family == "llama3" else set()
+    ours = {"debug"} if family in ("llama3", "deepseek_v3") else set()
     assert set(families()[family]) == set(loaded) | ours
 
 
@@ -79,6 +80,17 @@ def test_shapes_of_llama():
     assert shapes["lm_head"] == (128256, 4096)
     assert shapes["layers.31.attention.qkv_linear.wqkv"] == (6144, 4096)
     assert shapes["layers.0.feed_forward.w2"] == (4096, 14336)
+
+
+def test_gates_of_routers_are_not_candidates():
+    names = [fqn for fqn, _, _ in linear_shapes("deepseek_v3", "16B")]
+    assert "layers.1.moe.shared_experts.w1" in names
+    assert not any("gate" in name for name in names)
+
+
+def test_every_family_of_a_job_is_torchtitans():
+    for name, family in FAMILIES.items():
+        assert set(family.sizes.values()) <= set(families()[family.package]), name
 
 
 def test_the_debug_size_is_ours():
