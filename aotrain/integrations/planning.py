@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from aotrain.integrations.config_file import JobError
 from aotrain.integrations.torchtitan.batch import batch_sizes
+from aotrain.integrations.torchtitan.families import FAMILIES
 from aotrain.integrations.torchtitan.job import Precision, PretrainJob, load_job
 
 if TYPE_CHECKING:
@@ -87,14 +88,14 @@ def recipe_of(name: str) -> str:
 
 
 def _of_job(path: Path, job: PretrainJob) -> PlanTarget:
-    layout = job.parallelism
+    layout, family = job.parallelism, FAMILIES[job.model.family]
     sizes = batch_sizes(job, layout.tp * layout.dp_replicate * max(layout.dp_shard, 1))
     note = None
     if job.data.batch_size is None and layout.dp_shard == -1:
         note = "data.batch_size is null: its tokens are those of one data-parallel rank; --tokens gives another number"
     return PlanTarget(
         name=str(path),
-        shapes=lambda: _torchtitan_shapes(job.model.family, _stock_size(job.model.family, job.model.size)),
+        shapes=lambda: _torchtitan_shapes(family.package, family.sizes[job.model.size]),
         recipe=job.precision.recipe or DEFAULT_RECIPE,
         tokens=sizes.local * job.data.seq_len,
         tp=layout.tp,

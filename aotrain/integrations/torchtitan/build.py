@@ -14,6 +14,7 @@ from torchtitan.components.optimizer import LRSchedulersContainer
 from torchtitan.config import CommConfig, CompileConfig, ParallelismConfig, TrainingConfig
 from torchtitan.config.configs import DebugConfig
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
+from torchtitan.models.common.moe import GroupedExperts
 from torchtitan.protocols.model_spec import ModelSpec
 
 from aotrain.integrations.config_file import JobError
@@ -25,7 +26,7 @@ from aotrain.integrations.torchtitan.data import TextDataLoader
 from aotrain.integrations.torchtitan.fsdp import with_plain_sum
 from aotrain.integrations.torchtitan.job import PretrainJob
 from aotrain.integrations.torchtitan.metrics import RunMetrics
-from aotrain.integrations.torchtitan.models import llama3_spec, vocab_size
+from aotrain.integrations.torchtitan.models import model_spec, vocab_size
 from aotrain.integrations.torchtitan.optim import optimizer_config
 from aotrain.integrations.torchtitan.run_dir import CHECKPOINTS
 from aotrain.integrations.torchtitan.trainer import RunTrainer
@@ -54,6 +55,7 @@ def build_config(
     assert job.output_dir is not None
     sizes = batch_sizes(job, num_ranks, saved)
     spec = _model_spec(job, device_type)
+    _check_experts(job, spec, num_ranks)
     return RunTrainer.Config(
         model_spec=spec,
         hf_assets_path=str(tokenizer_dir),
@@ -74,12 +76,14 @@ def build_config(
             max_norm=job.training.max_norm,
             steps=job.training.steps,
             mixed_precision_param=job.precision.param_dtype,
-            disable_cuda_graphs=device_type == "cpu" or not compat.cuda_graphs_work(),
+            # How many tokens another rank sends is known on the host only.
+            disable_cuda_graphs=device_type == "cpu" or not compat.cuda_graphs_work() or job.parallelism.ep > 1,
         ),
         parallelism=ParallelismConfig(
             data_parallel_replicate_degree=job.parallelism.dp_replicate,
             data_parallel_shard_degree=job.parallelism.dp_shard,
             tensor_parallel_degree=job.parallelism.tp,
+            expert_parallel_degree=job.parallelism.ep,
             spmd_backend=compat.spmd_backend(),
         ),
         dataloader=_train_data(job, spec, sizes, saved),
@@ -98,12 +102,13 @@ def _model_spec(job: PretrainJob, device_type: str) -> ModelSpec:
     attention = job.model.attention
     if attention == "auto":
         attention = "flex" if device_type != "cpu" and compat.flex_attention_works() else "sdpa"
-    spec = llama3_spec(job.model.size, attention)
-    if job.precision.recipe is not None:
+    spec = model_spec(job.model.family, job.model.size, attention)
+    if job.precision.recipes:
         from aotrain.integrations.torchtitan.converters import Float8Converter
 
         converter = Float8Converter.Config(
             recipe=job.precision.recipe,
+            experts=job.precision.experts,
             skip=list(job.precision.skip),
             emulate=job.precision.emulate,
             fsdp_float8_all_gather=job.precision.fsdp_float8_all_gather,
@@ -117,6 +122,18 @@ def _model_spec(job: PretrainJob, device_type: str) -> ModelSpec:
         spec.parallelize_fn = with_plain_sum(spec.parallelize_fn)
         name_parameter_inits(spec.model, job.training.seed)
     return spec
+
+
+def _check_experts(job: PretrainJob, spec: ModelSpec, num_ranks: int) -> None:
+    ep, sharers = job.parallelism.ep, num_ranks // job.parallelism.dp_replicate
+    if ep > 1 and not compat.expert_parallel_works():
+        raise JobError(f"parallelism.ep: got {ep}, but torchtitan's expert parallelism needs torch 2.13; want 1")
+    if sharers % ep:
+        raise JobError(f"parallelism.ep: got {ep}, want a divisor of dp_shard * tp, {sharers} ranks")
+    for fqn, experts, _, _ in spec.model.traverse(GroupedExperts.Config):
+        assert isinstance(experts, GroupedExperts.Config)
+        if experts.num_experts % ep:
+            raise JobError(f"parallelism.ep: got {ep}, want a divisor of the {experts.num_experts} experts of {fqn}")
 
 
 def _loss(spec: ModelSpec) -> BaseLoss.Config:
@@ -163,7 +180,7 @@ def _metrics(job: PretrainJob) -> RunMetrics.Config:
         enable_wandb=job.metrics.wandb is not None,
         disable_color_printing=True,
         total_steps=job.training.steps,
-        low_precision=job.precision.recipe is not None,
+        low_precision=bool(job.precision.recipes),
     )
 
 
@@ -183,6 +200,6 @@ def _checkpoint(job: PretrainJob) -> CheckedCheckpoints.Config:
 
 
 def _activation_checkpoint(job: PretrainJob) -> SelectiveAC.Config | FullAC.Config | None:
-    selective = SelectiveAC.Config() if job.precision.recipe is None else SelectiveProducts.Config()
+    selective = SelectiveProducts.Config() if job.precision.recipes else SelectiveAC.Config()
     choices = {"none": None, "selective": selective, "full": FullAC.Config()}
     return choices[job.training.activation_checkpoint]

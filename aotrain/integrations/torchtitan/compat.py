@@ -56,6 +56,11 @@ def cuda_graphs_work() -> bool:
     return torch_version() >= (2, 15)
 
 
+def expert_parallel_works() -> bool:
+    """Whether torchtitan's FSDP of experts on several ranks finds the names it imports."""
+    return torch_version() >= (2, 13)
+
+
 def flex_attention_works() -> bool:
     """Whether torchtitan's FlexAttention may be the default on a GPU; not so on torch 2.11, where it is untried."""
     return torch_version() >= (2, 13)

@@ -26,10 +26,11 @@ def choose_device(job: PretrainJob) -> str:
     if wanted == "cpu" or not available:
         cpu.install()
         return "cpu"
-    if job.precision.recipe is not None and not job.precision.emulate and not _gpu_has_float8():
+    if job.precision.recipes and not job.precision.emulate and not _gpu_has_float8():
+        key, recipe = next(iter(job.precision.recipes.items()))
         raise JobError(
-            f"precision.recipe: {job.precision.recipe} needs a GPU with float8 (NVIDIA Ada or newer, AMD MI300), "
-            f"this is {torch.cuda.get_device_name()}; set precision.emulate=true (slow) or precision.recipe=null"
+            f"precision.{key}: {recipe} needs a GPU with float8 (NVIDIA Ada or newer, AMD MI300), "
+            f"this is {torch.cuda.get_device_name()}; set precision.emulate=true (slow) or precision.{key}=null"
         )
     return "cuda"
 

@@ -16,6 +16,7 @@ from pydantic import Field, field_validator
 
 from aotrain.integrations.config_file import Section, load_config
 from aotrain.integrations.optimizers import ALIASES as OPTIMIZER_ALIASES
+from aotrain.integrations.torchtitan.families import DEBUG, FAMILIES
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -33,24 +34,40 @@ _LOCAL_DATASETS = ("text", "json", "parquet")
 class Model(Section):
     """Which network. Sizes are torchtitan's own, except `debug`."""
 
-    family: Literal["llama3"] = "llama3"
-    # debug: dim 128, 4 layers, 0.9 M parameters, learns visibly in 20 s on two CPU cores. Others: Llama 3.1 / 3.2.
-    size: Literal["debug", "1b", "8b", "70b"]
+    # deepseek_v3 and qwen3_moe are mixtures of experts.
+    family: Literal["llama3", "deepseek_v3", "qwen3_moe"] = "llama3"
+    # llama3: debug, 1b, 8b, 70b. deepseek_v3: debug, debugmodel, 16b, 236b, 671b. qwen3_moe: debugmodel, 30b, 235b.
+    # debug: dim 128, 4 layers, 0.9 M parameters (1.8 M with experts), learns visibly in 20 s on two CPU cores.
+    # debugmodel: torchtitan's, 2048 tokens. Others: as published.
+    size: str
     # auto: masked SDPA on CPU, FlexAttention on GPU. All of them keep packed documents apart. sdpa builds a mask of
     # batch * seq_len^2 bytes, which is too much for long sequences.
     attention: Literal["auto", "sdpa", "flex", "varlen"] = "auto"
+
+    @field_validator("size")
+    @classmethod
+    def _size_of_family(cls, value: str, info: Any) -> str:
+        family = info.data.get("family")
+        if family is not None and value not in FAMILIES[family].sizes:
+            raise ValueError(f"got {value!r}, want one of {', '.join(FAMILIES[family].sizes)} of {family}")
+        return value
+
+
+RecipeName = Literal[
+    "float8_tensorwise", "float8_rowwise", "float8_rowwise_with_gw_hp", "float8_blockwise", "int8_rowwise"
+]
 
 
 class Precision(Section):
     """Number formats of the matrix products and of the master copy that FSDP gathers."""
 
     # null: every product in param_dtype. Otherwise the format of the three products of each converted linear layer.
-    recipe: (
-        Literal["float8_tensorwise", "float8_rowwise", "float8_rowwise_with_gw_hp", "float8_blockwise", "int8_rowwise"]
-        | None
-    ) = None
-    # Layers that stay in param_dtype: globs, or any part of the layer's name ("layers.0.", "feed_forward.w2"). The
-    # output layer is kept because its input gradient decides the loss most directly.
+    recipe: RecipeName | None = None
+    # The same for the experts of a mixture of experts, whose products are independent of `recipe`.
+    experts: RecipeName | None = None
+    # Layers that stay in param_dtype: globs, or any part of the layer's name ("layers.0.", "feed_forward.w2",
+    # "experts"). The output layer is kept because its input gradient decides the loss most directly. The gates of
+    # routers always are.
     skip: list[str] = Field(default=["lm_head"])
     # True: round to float8 values but multiply in high precision. Same recipe on hardware without float8, but slow.
     # CPU runs always emulate.
@@ -61,7 +78,13 @@ class Precision(Section):
     # Format of gathered parameters and activations; master weights and reductions are always float32.
     param_dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
-    @field_validator("recipe", mode="before")
+    @property
+    def recipes(self) -> dict[str, RecipeName]:
+        """The keys that name a recipe, with it."""
+        named: dict[str, RecipeName | None] = {"recipe": self.recipe, "experts": self.experts}
+        return {key: recipe for key, recipe in named.items() if recipe is not None}
+
+    @field_validator("recipe", "experts", mode="before")
     @classmethod
     def _long_name(cls, value: Any) -> Any:
         short = ("tensorwise", "rowwise", "rowwise_with_gw_hp", "blockwise")
@@ -192,6 +215,9 @@ class Parallelism(Section):
     dp_shard: Annotated[int, Field(ge=-1)] = -1
     # Ranks that split each layer.
     tp: Positive = 1
+    # Ranks that share the experts of a layer, each with whole ones; tokens are sent to them. Taken out of
+    # dp_shard * tp, which it divides.
+    ep: Positive = 1
 
     @field_validator("dp_shard")
     @classmethod
@@ -305,11 +331,12 @@ def _check(job: PretrainJob) -> Iterator[tuple[str, str]]:
             "data.path",
             f"is given but data.dataset {data.dataset!r} does not read it; use text, json, parquet or hub",
         )
-    if job.precision.emulate and job.precision.recipe is None:
+    if job.precision.emulate and not job.precision.recipes:
         yield "precision.emulate", "is set but precision.recipe is null; name a recipe or remove it"
     if job.precision.fsdp_float8_all_gather and job.precision.recipe is None:
         yield "precision.fsdp_float8_all_gather", "is set but precision.recipe is null; name a recipe or remove it"
-    if job.model.size == "debug" and job.tokenizer != "byte":
+    yield from _check_experts(job)
+    if job.model.size == DEBUG and job.tokenizer != "byte":
         yield "tokenizer", f"got {job.tokenizer!r}, but model.size debug has 320 tokens and fits only 'byte'"
     looks_local = job.tokenizer.startswith((".", "/", "~"))
     if looks_local and not Path(job.tokenizer).expanduser().is_dir():
@@ -318,3 +345,17 @@ def _check(job: PretrainJob) -> Iterator[tuple[str, str]]:
         for key in ("bf16_stochastic_round", "bits"):
             if getattr(job.optimizer, key):
                 yield f"optimizer.{key}", "is not offered by adamw; want optimizer.name adamw_8bit or another"
+
+
+def _check_experts(job: PretrainJob) -> Iterator[tuple[str, str]]:
+    layout = job.parallelism
+    if not FAMILIES[job.model.family].is_moe:
+        if job.precision.experts is not None:
+            yield "precision.experts", f"is set but {job.model.family} has no experts; name a recipe, or another family"
+        if layout.ep > 1:
+            yield "parallelism.ep", f"got {layout.ep}, but {job.model.family} has no experts; want 1"
+    elif layout.dp_shard > 0 and (layout.dp_shard * layout.tp) % layout.ep:
+        yield (
+            "parallelism.ep",
+            f"got {layout.ep}, want a divisor of dp_shard * tp, {layout.dp_shard * layout.tp} ranks",
+        )

@@ -32,6 +32,7 @@ def write_summary(job: PretrainJob, run_dir: Path) -> dict[str, Any]:
         "tokens_per_second": statistics.median(speeds) if speeds else None,
         "model": f"{job.model.family}_{job.model.size}",
         "recipe": job.precision.recipe,
+        "experts": job.precision.experts,
         "param_dtype": job.precision.param_dtype,
         "optimizer": job.optimizer.name,
         "ranks": int(os.environ.get("WORLD_SIZE", "1")),

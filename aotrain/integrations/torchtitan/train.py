@@ -138,6 +138,8 @@ def _finish(job: PretrainJob, run_dir: Path) -> None:
 def _announce(job: PretrainJob, device: str, num_ranks: int, resume_step: int | None, changes: list[str]) -> None:
     where = f"{num_ranks} {device} rank" + ("s" if num_ranks > 1 else "")
     recipe = job.precision.recipe or job.precision.param_dtype
+    if job.precision.experts is not None:
+        recipe = f"{recipe}, experts {job.precision.experts}"
     log.info(
         "%s %s, %s, %s, %s; output in %s",
         job.model.family,

@@ -6,12 +6,14 @@ import pytest
 from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
 from torchtitan.distributed.activation_checkpoint import SelectiveAC
 from torchtitan.models.common.attention import FlexAttention
+from torchtitan.models.common.moe import GroupedExperts
 from torchtitan.trainer import Trainer
 
 from aotrain.integrations.config_file import JobError
 from aotrain.integrations.torchtitan import compat
 from aotrain.integrations.torchtitan.attention import DocumentSDPA
 from aotrain.integrations.torchtitan.build import build_config
+from aotrain.integrations.torchtitan.checkpointing import SelectiveProducts
 from aotrain.integrations.torchtitan.job import load_job
 from aotrain.integrations.torchtitan.linear import Float8Linear
 from aotrain.integrations.torchtitan.models import vocab_size
@@ -26,6 +28,10 @@ SHIPPED = {
     "llama3_1b_float8_tensorwise_1xh200": (1, 8),
     "llama3_8b_float8_rowwise_8xh100": (8, 1),
     "llama3_70b_float8_rowwise_256xh100": (256, 4),
+    "deepseek_v3_debug_moe_bf16_cpu": (1, 8),
+    "deepseek_v3_debug_moe_float8_rowwise_cpu": (1, 8),
+    "deepseek_v3_16b_moe_float8_blockwise_8xh200": (8, 4),
+    "qwen3_30b_moe_float8_rowwise_8xh200": (8, 2),
 }
 
 
@@ -44,9 +50,12 @@ def test_shipped_job_builds(name):
     num_ranks, local_batch = SHIPPED[name]
     config = build(name, num_ranks=num_ranks)
     assert config.training.local_batch_size == local_batch
-    recipe = load_job(CONFIGS / f"{name}.yaml").precision.recipe
-    found = {node.recipe for _, node, _, _ in config.model_spec.model.traverse(Float8Linear.Config)}
-    assert found == ({recipe} if recipe else set())
+    precision = load_job(CONFIGS / f"{name}.yaml").precision
+    model = config.model_spec.model
+    found = {node.recipe for _, node, _, _ in model.traverse(Float8Linear.Config)}
+    assert found == ({precision.recipe} if precision.recipe else set())
+    found = {getattr(node, "recipe", None) for _, node, _, _ in model.traverse(GroupedExperts.Config)}
+    assert found == ({precision.experts} if "moe" in name else set())
     assert config.to_dict()["dataloader"]["data"]["dataset"] in ("stdlib", "c4")
 
 
@@ -54,12 +63,25 @@ def test_parameter_counts_are_those_of_the_published_models():
     import torch
 
     counts = {}
-    for size in ("debug", "1b", "8b"):
-        config = build("llama3_debug_bf16_cpu", f"model.size={size}", "data.seq_len=64", device_type="cuda")
-        with torch.device("meta"):
-            model = config.model_spec.model.build()
-        counts[size] = sum(p.numel() for p in model.parameters())
-    assert counts == {"debug": 935_040, "1b": 1_235_814_400, "8b": 8_030_261_248}
+    for family, sizes in {
+        "llama3": ("debug", "1b", "8b"),
+        "deepseek_v3": ("debug", "16b"),
+        "qwen3_moe": ("30b",),
+    }.items():
+        for size in sizes:
+            overrides = (f"model.family={family}", f"model.size={size}", "data.seq_len=64")
+            config = build("llama3_debug_bf16_cpu", *overrides, device_type="cuda")
+            with torch.device("meta"):
+                model = config.model_spec.model.build()
+            counts[f"{family}_{size}"] = sum(p.numel() for p in model.parameters())
+    assert counts == {
+        "llama3_debug": 935_040,
+        "llama3_1b": 1_235_814_400,
+        "llama3_8b": 8_030_261_248,
+        "deepseek_v3_debug": 1_831_296,
+        "deepseek_v3_16b": 15_706_484_224,
+        "qwen3_moe_30b": 30_532_122_624,
+    }
 
 
 def test_the_debug_vocabulary_holds_the_byte_tokenizer():
@@ -97,6 +119,33 @@ def test_each_torch_gets_what_works_on_it(monkeypatch, version, loss, backend, a
     assert config.training.disable_cuda_graphs is no_graphs
     assert isinstance(config.activation_checkpoint, SelectiveAC.Config)
     assert compat.torch_version() == tuple(map(int, version.split(".")[:2]))
+
+
+MOE = "deepseek_v3_debug_moe_float8_rowwise_cpu"
+
+
+def test_expert_parallelism_is_set_and_checked(monkeypatch):
+    for attention in ("flex", "sdpa", "varlen"):
+        config = build(MOE, "parallelism.ep=4", f"model.attention={attention}", num_ranks=8)
+        assert config.parallelism.expert_parallel_degree == 4
+    monkeypatch.setattr("torch.__version__", "2.15.0")
+    config = build(MOE, "parallelism.ep=4", "training.device=cuda", num_ranks=8, device_type="cuda")
+    assert config.training.disable_cuda_graphs
+    with pytest.raises(JobError, match=r"parallelism.ep: got 4, want a divisor of dp_shard \* tp, 2 ranks"):
+        build(MOE, "parallelism.ep=4", num_ranks=2)
+    with pytest.raises(JobError, match=r"parallelism.ep: got 16, want a divisor of the 8 experts of layers.1.moe"):
+        build(MOE, "parallelism.ep=16", "data.global_batch_size=16", num_ranks=16)
+    monkeypatch.setattr("torch.__version__", "2.11.0")
+    with pytest.raises(JobError, match=r"parallelism.ep: got 4, but torchtitan's expert parallelism needs torch 2.13"):
+        build(MOE, "parallelism.ep=4", num_ranks=8)
+
+
+def test_experts_alone_have_a_recipe():
+    config = build(MOE, "precision.recipe=null", "training.activation_checkpoint=selective")
+    assert not list(config.model_spec.model.traverse(Float8Linear.Config))
+    assert isinstance(config.activation_checkpoint, SelectiveProducts.Config)
+    with pytest.raises(JobError, match=r"precision.experts float8_rowwise: no layer was converted"):
+        build(MOE, "precision.skip=[experts]")
 
 
 def test_shims_add_only_what_is_missing(monkeypatch):

@@ -65,6 +65,15 @@ def test_optimizers_of_a_job_are_those_that_the_trainer_can_build(load):
             "precision.fsdp_float8_all_gather: is set but precision.recipe is null",
         ),
         (["precision.recipe=fp8"], "precision.recipe: got 'fp8' (str), want one of float8_tensorwise"),
+        (["precision.experts=rowwise"], "precision.experts: is set but llama3 has no experts; name a recipe, or"),
+        (["parallelism.ep=2"], "parallelism.ep: got 2, but llama3 has no experts; want 1"),
+        (
+            ["model.family=deepseek_v3", "parallelism.ep=4", "parallelism.dp_shard=2", "parallelism.tp=3"],
+            "parallelism.ep: got 4, want a divisor of dp_shard * tp, 6 ranks",
+        ),
+        (["model.size=16b"], "model.size: got '16b', want one of debug, 1b, 8b, 70b of llama3"),
+        (["model.family=qwen3_moe"], "model.size: got 'debug', want one of debugmodel, 30b, 235b of qwen3_moe"),
+        (["model.family=mixtral"], "model.family: got 'mixtral' (str), want one of llama3, deepseek_v3, qwen3_moe"),
         (["tokenizer=gpt2"], "tokenizer: got 'gpt2', but model.size debug has 320 tokens"),
         (["optimizer.bf16_stochastic_round=true"], "optimizer.bf16_stochastic_round: is not offered by adamw"),
         (["optimizer.bits={norm: 32}"], "optimizer.bits: is not offered by adamw; want optimizer.name adamw_8bit"),
@@ -82,10 +91,14 @@ def test_each_rule_has_its_message(load, overrides, message):
     assert problem(load, *overrides).startswith(message)
 
 
-def test_the_two_cpu_jobs_differ_only_in_the_recipe():
-    float8 = load_job(CONFIGS / "llama3_debug_float8_rowwise_cpu.yaml").to_dict()
-    bf16 = load_job(CONFIGS / "llama3_debug_bf16_cpu.yaml").to_dict()
-    assert float8["precision"].pop("recipe") == "float8_rowwise"
-    assert bf16["precision"].pop("recipe") is None
+@pytest.mark.parametrize(
+    ("model", "keys"), [("llama3_debug", ["recipe"]), ("deepseek_v3_debug_moe", ["recipe", "experts"])]
+)
+def test_the_two_cpu_jobs_differ_only_in_the_recipe(model, keys):
+    float8 = load_job(CONFIGS / f"{model}_float8_rowwise_cpu.yaml").to_dict()
+    bf16 = load_job(CONFIGS / f"{model}_bf16_cpu.yaml").to_dict()
+    for key in keys:
+        assert float8["precision"].pop(key) == "float8_rowwise"
+        assert bf16["precision"].pop(key) is None
     assert float8.pop("output_dir") != bf16.pop("output_dir")
     assert float8 == bf16

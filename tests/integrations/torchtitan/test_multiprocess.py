@@ -29,12 +29,14 @@ STEPS = ["data.seq_len=64", "data.global_batch_size=4", "training.steps=6", "met
         ("llama3_debug_bf16_cpu", ["precision.param_dtype=float32"], 3e-6),
         ("llama3_debug_float8_rowwise_cpu", [], 3e-3),
         ("llama3_debug_float8_rowwise_cpu", ["parallelism.tp=2"], 3e-3),
+        ("deepseek_v3_debug_moe_float8_rowwise_cpu", [], 3e-3),
+        ("deepseek_v3_debug_moe_float8_rowwise_cpu", ["parallelism.ep=2"], 3e-3),
     ],
-    ids=["fsdp-fp32", "fsdp-float8", "tp-float8"],
+    ids=["fsdp-fp32", "fsdp-float8", "tp-float8", "fsdp-moe", "ep-moe"],
 )
 def test_two_ranks_agree_with_one(train, tmp_path, config, overrides, bound):
     two = start(config, tmp_path / "two", *STEPS, *overrides, ranks=2)
-    single = [text for text in overrides if "tp=" not in text]
+    single = [text for text in overrides if not text.startswith("parallelism.")]
     train(*STEPS, *single, name="one", config=config)
     finish(two)
     assert train_losses(tmp_path / "two") == pytest.approx(train_losses(tmp_path / "one"), rel=bound)
