@@ -1,4 +1,4 @@
-"""Train the same small Llama on real text in several formats and compare where they end.
+"""Train the same small model on real text in several formats and compare where they end.
 
     python -m benchmarks.convergence optim [--out benchmarks/results] [--steps 1000]
 
@@ -59,6 +59,15 @@ SUITES = {
         key="optimizer.name",
         baseline="adamw",
         bounds={"adamw_8bit": 0.5, "adamw_fp8": 0.5, "adamw_4bit": 1.5},
+        overrides=_COMMON,
+    ),
+    # Recipes of the experts; linear layers stay in bfloat16.
+    "moe": Suite(
+        job="deepseek_v3_debug_moe_bf16_cpu.yaml",
+        steps=500,
+        key="precision.experts",
+        baseline="null",
+        bounds={"float8_rowwise": 1.0, "float8_blockwise": 1.0},
         overrides=_COMMON,
     ),
     "float8": Suite(
