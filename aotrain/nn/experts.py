@@ -38,13 +38,18 @@ class ExpertScaling:
     fqn: str = ""
 
 
-def expert_weights(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """A module's own parameters, those in its ParameterLists and ParameterDicts included."""
-    weights = dict(module.named_parameters(recurse=False))
+def expert_weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A module's own parameters, wherever they are.
+
+    Those in ParameterLists, ParameterDicts and behind `torch.nn.utils.parametrize` (adapters) included, and the tensors
+    that FSDP1 puts in their place for a forward pass.
+    """
+    weights: dict[str, torch.Tensor] = dict(module.named_parameters(recurse=False))
     for name, child in module.named_children():
-        if isinstance(child, torch.nn.ParameterList | torch.nn.ParameterDict):
-            weights |= {f"{name}.{key}": weight for key, weight in child.named_parameters(recurse=False)}
-    return weights
+        if name == "parametrizations" or isinstance(child, torch.nn.ParameterList | torch.nn.ParameterDict):
+            weights |= {f"{name}.{key}": weight for key, weight in child.named_parameters()}
+    attributes = module.__dict__.items()
+    return weights | {name: value for name, value in attributes if isinstance(value, torch.Tensor)}
 
 
 def expert_scaling(module: torch.nn.Module) -> ExpertScaling | None:

@@ -112,7 +112,7 @@ def _problem(module: torch.nn.Module, fqn: str, module_filter_fn: ModuleFilter |
     return None
 
 
-def _three_dimensional(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+def _three_dimensional(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: weight for name, weight in expert_weights(module).items() if weight.dim() == 3}
 
 

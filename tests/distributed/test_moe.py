@@ -5,14 +5,14 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from aotrain.nn import convert_moe_training, unconvert
 from aotrain.nn.experts import expert_scaling
 from aotrain.testing import assert_bitwise_equal
 from tests.distributed.ranks import run_ranks
-from tests.nn.experts import Experts, MoE
+from tests.nn.experts import Experts, MoE, rows
 
 
 def shard(model: nn.Module) -> None:
@@ -66,10 +66,24 @@ def unconvert_sharded(rank: int, world_size: int) -> list[str]:
     assert isinstance(model.experts, type(plain.experts).__mro__[1])  # FSDPModule
     assert_bitwise_equal(after.detach(), plain(x).detach())
     assert not torch.equal(before, after)
+    run_under_fsdp1()
     return [cls.__name__ for cls in type(model.experts).__mro__[:3]]
 
 
-def test_unconvert_under_fsdp2():
+def run_under_fsdp1() -> None:
+    """Forward and backward; FSDP1 puts tensors in place of the parameters."""
+    x, offs = rows()
+    for use_orig_params in (True, False):
+        torch.manual_seed(0)
+        experts = convert_moe_training(Experts())
+        want = experts(x, offs)
+        sharded = FullyShardedDataParallel(experts, use_orig_params=use_orig_params, device_id=torch.device("cpu"))
+        got = sharded(x, offs)
+        assert_bitwise_equal(got.detach(), want.detach())
+        got.sum().backward()
+
+
+def test_unconvert_under_fsdp2_and_training_under_fsdp1():
     for names in run_ranks(unconvert_sharded, 2):
         assert names == ["FSDPLowPrecisionExperts", "FSDPModule", "Experts"]
 

@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from aotrain.nn import (
@@ -235,6 +236,34 @@ def test_copies_are_converted_and_independent(clone):
     unconvert(other)
     assert type(other) is Experts
     assert expert_scaling(experts) is not None
+
+
+class LowRank(nn.Module):
+    """An adapter: the weight and a product of two thin matrices."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(4, 48, 2) * 0.1)
+        self.b = nn.Parameter(torch.randn(4, 2, 32) * 0.1)
+
+    def forward(self, weight):
+        return weight + self.a @ self.b
+
+
+def test_adapters_on_the_weights_are_part_of_them():
+    experts, inputs = convert_moe_training(Experts()), rows()
+    merged = copy.deepcopy(experts)
+    register_parametrization(experts, "up", LowRank())
+    adapter = experts.parametrizations.up[0]
+    with torch.no_grad():
+        merged.up += adapter.a @ adapter.b
+    want = train_once(merged, *inputs)
+    got = experts(*inputs)
+    assert_bitwise_equal(got.detach(), want[0])
+    got.sum().backward()
+    assert adapter.a.grad.count_nonzero() > 0
+    remove_parametrizations(experts, "up")  # which registers the merged weight anew, as the last parameter
+    assert_same(train_once(experts, *inputs)[:2], want[:2])
 
 
 def test_another_recipe_replaces_the_first():
