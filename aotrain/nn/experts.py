@@ -78,15 +78,16 @@ def _low_precision_class(cls: type[torch.nn.Module]) -> type[torch.nn.Module]:
     def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         return _run(self, cls.forward, args, kwargs)
 
+    def extra_repr(self: torch.nn.Module) -> str:
+        output = self.__dict__[_SCALING].recipe.output
+        return ", ".join(filter(None, [cls.extra_repr(self), f"output=({output})"]))
+
     def reduce(self: torch.nn.Module, protocol: Any) -> tuple[Any, ...]:
         _, _, *state = cls.__reduce_ex__(self, max(protocol, 2))
         return (_empty_experts, (cls,), *state)
 
-    return type(
-        f"LowPrecision{cls.__name__}",
-        (cls,),
-        {"__module__": cls.__module__, "forward": forward, "__reduce_ex__": reduce, _ORIGINAL: cls},
-    )
+    members = {"forward": forward, "extra_repr": extra_repr, "__reduce_ex__": reduce, _ORIGINAL: cls}
+    return type(f"LowPrecision{cls.__name__}", (cls,), {"__module__": cls.__module__, **members})
 
 
 def _run(module: torch.nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -177,6 +177,7 @@ def test_parameters_state_dict_and_optimizer_stay_the_same():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+    assert "LowPrecisionExperts(output=(float8_e4m3fn" in repr(model)
     report = conversion_report(model)
     assert report.converted == ("experts",)
     assert "MoE training: converted 1 experts modules" in str(report)

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from .conftest import numbers
+from .processes import finish, start
 
 MOE = "deepseek_v3_debug_moe_float8_rowwise_cpu"
 
@@ -31,6 +32,16 @@ def test_repeats_and_resumes_bit_for_bit(train):
     whole = train(*options, name="whole", config=MOE)
     train(*options, "training.steps=2", name="parts", config=MOE)
     assert numbers(train(*options, name="parts", config=MOE)) == numbers(whole)
+
+
+def test_experts_dealt_onto_two_ranks_continue_on_one(train, tmp_path):
+    options = ["training.steps=4", "checkpoint.every=2", "metrics.every=1", "validation.every=null"]
+    whole = train(*options, name="whole", config=MOE)
+    first = [*options, "training.steps=2", "data.batch_size=1", "parallelism.ep=2"]
+    finish(start(MOE, tmp_path / "parts", *first, ranks=2))
+    continued = train(*options, name="parts", config=MOE)
+    assert [row["step"] for row in continued] == [1, 2, 3, 4]
+    assert [row["loss"] for row in continued] == pytest.approx([row["loss"] for row in whole], rel=3e-3)
 
 
 @pytest.mark.parametrize("checkpointing", ["selective", "full"])
