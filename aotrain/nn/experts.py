@@ -48,6 +48,8 @@ def expert_weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     for name, child in module.named_children():
         if name == "parametrizations" or isinstance(child, torch.nn.ParameterList | torch.nn.ParameterDict):
             weights |= {f"{name}.{key}": weight for key, weight in child.named_parameters()}
+    if torch.compiler.is_compiling():  # Dynamo of torch 2.11 reads no __dict__; FSDP1 is not compiled per layer
+        return weights
     attributes = module.__dict__.items()
     return weights | {name: value for name, value in attributes if isinstance(value, torch.Tensor)}
 

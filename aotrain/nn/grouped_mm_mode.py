@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from aotrain.ops.scaled_grouped_mm import scaled_grouped_mm
+from aotrain.ops import scaled_grouped_mm
 from aotrain.recipes import LinearRecipe
 
 # Functions that multiply groups of rows. torch.nn.functional.grouped_mm calls the first one.
@@ -67,6 +67,8 @@ class GroupedMMInterception(TorchFunctionMode):
         self.passed = 0
         self._followed: list[torch.Tensor] = []
         for weight in weights:
+            if weight.dim() < 2:  # a bias or a scale; what it is added to is no weight
+                continue
             self._followed.append(weight)
             if hasattr(weight, "_local_tensor"):  # what DTensor.to_local starts from
                 self._followed.append(weight._local_tensor)
@@ -90,7 +92,7 @@ class GroupedMMInterception(TorchFunctionMode):
             self.passed += 1
             return func(*args, **kwargs)
         out = func(*args, **kwargs)
-        if self._comes_from_weights(args):
+        if self._comes_from_weights((*args, *kwargs.values())):
             self._followed += _three_dimensional(out)
         elif self._is_traced:
             self._foreign += _three_dimensional(out)
@@ -120,8 +122,8 @@ class GroupedMMInterception(TorchFunctionMode):
             return False
         return any(_are_sizes_of(tensor, each) for each in self._followed)
 
-    def _comes_from_weights(self, args: tuple[Any, ...]) -> bool:
-        return any(self._is_followed(tensor) for arg in args for tensor in _tensors(arg))
+    def _comes_from_weights(self, arguments: tuple[Any, ...]) -> bool:
+        return any(self._is_followed(tensor) for each in arguments for tensor in _tensors(each))
 
 
 def _are_sizes_of(tensor: torch.Tensor, weight: torch.Tensor) -> bool:

@@ -24,6 +24,14 @@ def test_a_job_gives_its_tokens_parallelism_recipe_and_skips(capsys):
         assert part in output
 
 
+def test_a_mixture_of_experts_is_planned_without_its_gates(capsys):
+    assert plan(str(CONFIGS / "qwen3_30b_moe_float8_rowwise_8xh200.yaml"), gpu="H200") == 0
+    output = capsys.readouterr().out
+    assert "float8_rowwise, 8192 tokens, tp 1, H200" in output
+    assert "layers.*.attention.qkv_linear.wqkv" in output
+    assert "gate" not in output
+
+
 def test_options_and_overrides_win_over_the_job(capsys):
     assert plan(str(JOB_8B), recipe="int8_rowwise", tokens=4096, tp=2, gpu="a100") == 0
     assert "int8_rowwise, 4096 tokens, tp 2, A100" in capsys.readouterr().out
@@ -37,7 +45,7 @@ def test_a_job_without_a_batch_size_says_what_it_assumes(capsys):
     assert "one data-parallel rank; --tokens" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("model", ["llama3/8b", "llama3/8B", "qwen3/0.6B", "llama3/debug"])
+@pytest.mark.parametrize("model", ["llama3/8b", "llama3/8B", "qwen3/0.6B", "llama3/debug", "deepseek_v3/debug"])
 def test_torchtitan_models(capsys, model):
     assert plan(model, gpu="H100") == 0
     assert f"{model}: float8_rowwise, 16384 tokens, tp 1" in capsys.readouterr().out

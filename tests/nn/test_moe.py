@@ -60,7 +60,7 @@ class CopyingExperts(Experts):
         delta = torch.zeros(4, weight.shape[1], 1, dtype=weight.dtype) @ torch.zeros(
             4, 1, weight.shape[2], dtype=weight.dtype
         )
-        whole = torch.cat([weight[:2], weight[2:]]).clone().contiguous() + delta
+        whole = torch.cat(tensors=[weight[:2], weight[2:]]).clone().contiguous() + delta
         return torch._grouped_mm(x, whole, offs=offs)
 
 
