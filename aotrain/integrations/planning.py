@@ -96,9 +96,10 @@ def _of_job(path: Path, job: PretrainJob) -> PlanTarget:
     return PlanTarget(
         name=str(path),
         shapes=lambda: _torchtitan_shapes(family.package, family.sizes[job.model.size]),
-        recipe=job.precision.recipe or DEFAULT_RECIPE,
+        recipe=job.precision.recipe or job.precision.experts or DEFAULT_RECIPE,
         tokens=sizes.local * job.data.seq_len,
         tp=layout.tp,
+        ep=layout.ep,
         skip=tuple(job.precision.skip),
         skip_is_given=True,
         note=note,

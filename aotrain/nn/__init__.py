@@ -14,6 +14,7 @@ from aotrain.nn.float8_config import (
 )
 from aotrain.nn.float8_linear import Float8Linear
 from aotrain.nn.fsdp_wrap import precompute_float8_dynamic_scale_for_fsdp
+from aotrain.nn.moe import convert_moe_training
 from aotrain.nn.mx_config import (
     Float8TrainingOpConfig,
     Float8TrainingRecipe,
@@ -25,7 +26,6 @@ from aotrain.nn.mx_config import (
 )
 from aotrain.nn.mx_linear import MXFP8Linear, MXLinear
 from aotrain.nn.nvfp4_linear import NVFP4Linear, NVFP4TrainingConfig
-from aotrain.nn.moe import convert_moe_training
 from aotrain.nn.plan import Plan, PlanRow, make_plan
 from aotrain.nn.report import Report, ReportRow, conversion_report
 from aotrain.nn.tail_filter import keep_tail_layers

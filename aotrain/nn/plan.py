@@ -145,10 +145,22 @@ class Plan:
         return fqn in self.converted
 
     def precision(self) -> dict[str, Any]:
-        """The `precision` section of a pretraining job: recipe and skip list."""
-        if not self.converted:
-            return {"recipe": None}
-        return {"recipe": self.recipe, "skip": skip_patterns(self.kept, self.converted)}
+        """The `precision` section of a pretraining job: recipe, recipe of the experts if there are any, skip list."""
+        section: dict[str, Any] = {"recipe": None}
+        planned: list[PlanRow] = []
+        for key, rows in (
+            ("recipe", [row for row in self.rows if not row.experts]),
+            ("experts", [row for row in self.rows if row.experts]),
+        ):
+            if any(row.decision == "convert" for row in rows):
+                section[key] = self.recipe
+                planned += rows
+            elif rows:
+                section[key] = None
+        if planned:
+            kept = [row.fqn for row in planned if row.decision == "keep"]
+            section["skip"] = skip_patterns(kept, self.converted)
+        return section
 
     def advice(self) -> list[str]:
         """What to know before using the plan; empty if nothing."""

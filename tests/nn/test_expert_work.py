@@ -89,3 +89,13 @@ def test_experts_are_measured_group_by_group(tmp_path):
         assert products > 0
         assert (casts > 0) == (recipe is not None)
     assert sum("3 groups of rows" in key for key in times.path.read_text().splitlines()) > 3
+
+
+def test_a_job_gets_recipes_of_layers_and_experts_and_one_skip_list():
+    wide = [("layers.0.wq", 8192, 8192), ("layers.0.wo", 64, 64)]
+    both = make_plan([*wide, SCOUT], "float8_rowwise", tokens=131072, gpu="H200")
+    assert both.precision() == {"recipe": "float8_rowwise", "experts": "float8_rowwise", "skip": ["layers.*.wo"]}
+    linears = make_plan([wide[0], SMALL], "float8_rowwise", tokens=16384, gpu="H200")
+    assert linears.precision() == {"recipe": "float8_rowwise", "experts": None, "skip": []}
+    experts = make_plan([wide[1], SCOUT], "float8_rowwise", tokens=131072, gpu="H200")
+    assert experts.precision() == {"recipe": None, "experts": "float8_rowwise", "skip": []}
