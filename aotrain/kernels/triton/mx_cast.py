@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from aotrain.formats import BLOCKWISE_1X32, ElementFormat, ScaleFormat, blocked_size, scale_shape
-from aotrain.formats.scale_layout import TILE_COLUMNS
+from aotrain.formats.scale_layout import TILE_COLUMNS, TILE_ROWS
 from aotrain.kernels.triton._numerics import (
     e2m1_code,
     e8m0_from_amax_bits,
@@ -28,8 +28,11 @@ from aotrain.kernels.triton._numerics import (
 )
 from aotrain.kernels.triton.scaled_cast import Config
 
-# A tile of scales is that of 128 x 128 elements. Not measured on a GPU yet.
+# A tile of scales is that of 128 x 128 elements. Rows that do not begin at multiples of 16 elements are accessed one by
+# one, which needs a mask and an address each: 16 per thread leave registers for them. Not measured on a GPU yet.
 TILE = Config(128, 128, 8)
+RAGGED_TILE = Config(64, 64, 8)
+_TILE_ROWS, _TILE_COLUMNS = tl.constexpr(TILE_ROWS), tl.constexpr(TILE_COLUMNS)
 _SCALE_BLOCK = tl.constexpr(32)
 
 
@@ -51,20 +54,24 @@ def _scale_places(
     num_blocks = tl.cdiv(K, _SCALE_BLOCK)
     r = tl.arange(0, BLOCK_M)
     base = scale_ptr + batch * scale_size
+    first_row, first_block = row_tile * BLOCK_M, column_tile * BLOCKS
+    mask = first_row + r < M
     if BLOCKED:
-        places = base + (row_tile * tl.cdiv(num_blocks, BLOCKS) + column_tile) * (BLOCK_M * BLOCKS)
-        places += r % 32 * 16 + r // 32 * 4
-        mask = r < BLOCK_M
+        tile = first_row // _TILE_ROWS * tl.cdiv(num_blocks, _TILE_COLUMNS) + first_block // _TILE_COLUMNS
+        places = base + tile * (_TILE_ROWS * _TILE_COLUMNS) + first_block % _TILE_COLUMNS
+        within = (first_row % _TILE_ROWS).to(tl.int32) + r
+        places += within % 32 * 16 + within // 32 * 4
+        if BLOCK_M == _TILE_ROWS:  # the padding too
+            mask = r < BLOCK_M
     else:
         offsets = r.to(tl.int64) * num_blocks if LONG_OFFSETS else r * num_blocks
-        places = base + row_tile * BLOCK_M * num_blocks + column_tile * BLOCKS + offsets
-        mask = row_tile * BLOCK_M + r < M
+        places = base + first_row * num_blocks + first_block + offsets
     return places, mask
 
 
 @triton.jit
 def _store_scales(byte, places, mask, column_tile, K, SCALE_WORDS: tl.constexpr, BLOCKS: tl.constexpr):
-    """Write a tile's bytes, int32 [BLOCK_M, BLOCKS]. Where x ends, zeros for x gave the zero bytes that tiles have."""
+    """Write a tile's bytes, int32 [BLOCK_M, BLOCKS]. Past the end of x, zero bytes, as tiles have."""
     block = tl.arange(0, BLOCKS)
     if SCALE_WORDS:
         word = tl.sum(byte << (block * 8)[None, :], axis=1)
@@ -234,11 +241,16 @@ def mx_cast_tiles(
         What is not wanted has no elements.
     """
     batch, num_rows, num_columns = x_hp.shape
+    aligned = num_rows % 16 == 0 == num_columns % 16
+    tile = TILE if aligned else RAGGED_TILE
     outputs = []
     for wanted, shape in ((rows, (batch, num_rows, num_columns)), (columns, (batch, num_columns, num_rows))):
         outputs += _outputs(x_hp, shape if wanted else None, element, packed, blocked)
     scales = [outputs[1], outputs[3]]
-    tiles = batch * triton.cdiv(num_rows, TILE.block_m) * triton.cdiv(num_columns, TILE.block_k)
+    if blocked and not aligned:  # smaller tiles do not write the padding
+        for scale in scales:
+            scale.zero_()
+    tiles = batch * triton.cdiv(num_rows, tile.block_m) * triton.cdiv(num_columns, tile.block_k)
     with torch.cuda.device_of(x_hp):
         _mx_cast_kernel[(tiles,)](
             *(x_hp, *outputs, num_rows, num_columns, *x_hp.stride()),
@@ -246,14 +258,14 @@ def mx_cast_tiles(
             **kernel_constants(element, scale_format, blocked=blocked),
             ROWS=rows,
             COLUMNS=columns,
-            SCALE_WORDS=_in_words(num_columns, blocked),
-            SCALE_WORDS_T=_in_words(num_rows, blocked),
+            SCALE_WORDS=aligned and _in_words(num_columns, blocked),
+            SCALE_WORDS_T=aligned and _in_words(num_rows, blocked),
             CODES=codes_per_store(num_columns, packed),
             CODES_T=codes_per_store(num_rows, packed),
-            LONG_OFFSETS=max(*x_hp.stride()[1:], num_rows, num_columns) * 2 * TILE.block_m >= 2**31,
-            BLOCK_M=TILE.block_m,
-            BLOCK_K=TILE.block_k,
-            num_warps=TILE.num_warps,
+            LONG_OFFSETS=max(*x_hp.stride()[1:], num_rows, num_columns) * 2 * tile.block_m >= 2**31,
+            BLOCK_M=tile.block_m,
+            BLOCK_K=tile.block_k,
+            num_warps=tile.num_warps,
             enable_fp_fusion=False,
         )
     data, scale, data_t, scale_t = outputs

@@ -315,7 +315,7 @@ def _mx(
 ) -> KernelVariant:
     """`blocked` scales go with packed codes, as for a product; ragged: any M and K."""
     packed = blocked and element == "float4_e2m1fn"
-    tile = mx_cast.TILE
+    tile = mx_cast.RAGGED_TILE if ragged else mx_cast.TILE
     constants = {
         **mx_cast.kernel_constants(ELEMENT_FORMATS[element], SCALE_FORMATS[scale], blocked=blocked),
         "CODES": mx_cast.codes_per_store(16, packed),
