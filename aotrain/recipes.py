@@ -164,8 +164,6 @@ RECIPE_ALIASES: dict[str, str] = {
     "rowwise": "float8_rowwise",
     "rowwise_with_gw_hp": "float8_rowwise_with_gw_hp",
     "blockwise": "float8_blockwise",
-    "mxfp8_rceil": "mxfp8",
-    "mxfp8_rceil_wgrad_with_hp": "mxfp8_gw_hp",
 }
 
 

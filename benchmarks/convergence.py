@@ -84,6 +84,15 @@ SUITES = {
         },
         overrides=_COMMON,
     ),
+    "mx": Suite(
+        job="llama3_debug_bf16_cpu.yaml",
+        steps=100,
+        key="precision.recipe",
+        baseline="null",
+        # 100 steps are the steep part of the curve: these only tell training from not training.
+        bounds={"mxfp8": 1.0, "mxfp8_gw_hp": 1.0, "mxfp4": 5.0},
+        overrides=_COMMON,
+    ),
 }
 
 

@@ -99,6 +99,8 @@ def test_a_module_on_the_meta_device_is_planned_and_converted_by_its_plan():
         ("A100", "float8_rowwise", ["does not run natively", "A100 has compute capability 8.0", "Use int8_rowwise."]),
         ("RTX 4090", "float8_rowwise", ["needs 9.0", "float8_tensorwise or int8_rowwise"]),
         ("B200", "float8_blockwise", ["no product with a scale per 128 elements", "float8_rowwise"]),
+        ("H100", "mxfp8", ["does not run natively", "MX products are emulated on H100", "float8_rowwise"]),
+        ("B200", "mxfp4", ["MX products are emulated on B200 as far as its data sheet tells", "float8_rowwise"]),
         ("MI300X", "float8_blockwise", ["(1, 128)", "float8_rowwise"]),
     ],
 )

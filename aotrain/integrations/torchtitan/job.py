@@ -54,7 +54,14 @@ class Model(Section):
 
 
 RecipeName = Literal[
-    "float8_tensorwise", "float8_rowwise", "float8_rowwise_with_gw_hp", "float8_blockwise", "int8_rowwise"
+    "float8_tensorwise",
+    "float8_rowwise",
+    "float8_rowwise_with_gw_hp",
+    "float8_blockwise",
+    "int8_rowwise",
+    "mxfp8",
+    "mxfp8_gw_hp",
+    "mxfp4",
 ]
 
 
@@ -333,8 +340,11 @@ def _check(job: PretrainJob) -> Iterator[tuple[str, str]]:
         )
     if job.precision.emulate and not job.precision.recipes:
         yield "precision.emulate", "is set but precision.recipe is null; name a recipe or remove it"
-    if job.precision.fsdp_float8_all_gather and job.precision.recipe is None:
+    gathered = job.precision.recipe if job.precision.fsdp_float8_all_gather else "none"
+    if gathered is None:
         yield "precision.fsdp_float8_all_gather", "is set but precision.recipe is null; name a recipe or remove it"
+    elif gathered.startswith("mx"):
+        yield "precision.fsdp_float8_all_gather", "does not go with MX recipes, whose weights are gathered whole"
     yield from _check_experts(job)
     if job.model.size == DEBUG and job.tokenizer != "byte":
         yield "tokenizer", f"got {job.tokenizer!r}, but model.size debug has 320 tokens and fits only 'byte'"

@@ -39,6 +39,11 @@ def test_every_recipe_of_the_table_can_be_named(load):
         assert RECIPES[recipe] == RECIPES[RECIPE_ALIASES.get(name, name)]
 
 
+def test_mx_weights_are_not_gathered_as_codes(load):
+    message = problem(load, "precision.recipe=mxfp8", "precision.fsdp_float8_all_gather=true")
+    assert "precision.fsdp_float8_all_gather: does not go with MX recipes" in message
+
+
 def test_aliases_of_other_toolkits(load):
     job = load(MINIMAL + "optim: adamw_8bit\nfp8: {recipe_name: rowwise}\n")
     assert (job.optimizer.name, job.precision.recipe) == ("adamw_8bit", "float8_rowwise")

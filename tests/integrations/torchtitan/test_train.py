@@ -46,6 +46,15 @@ def test_the_same_job_repeats_bit_for_bit(train):
     assert numbers(first) == numbers(second)
 
 
+@pytest.mark.parametrize("recipe", ["mxfp8", "mxfp8_gw_hp", "mxfp4"])
+def test_a_job_trains_in_mx_and_repeats_bit_for_bit(train, recipe):
+    """mxfp4's stochastic rounding included, whose noise is a function of the gradients."""
+    settings = (f"precision.recipe={recipe}", "training.steps=2")
+    first, second = (train(*settings, name=name) for name in ("first", "second"))
+    assert numbers(first) == numbers(second)
+    assert losses(first, "train")[-1] < 6.5
+
+
 def test_another_seed_gives_other_weights(train):
     first = train("training.steps=1", name="first")
     second = train("training.steps=1", "training.seed=1", name="second")
