@@ -2,8 +2,8 @@
 
 `scaled_cast` and `scaled_cast_both` come here for every MX scaling: 1 x 32 blocks with E8M0 scales, with stochastic
 rounding and the random Hadamard transform where the scaling has them. On CUDA, rounding to nearest of e4m3, e5m2 and
-e2m1 is a Triton kernel that reads x once for both outputs; on CPU it is C++, of the transformed matrix too. Everything
-else runs the definition itself.
+e2m1 is a Triton kernel that reads x once for both outputs; on CPU it is C++, and so are, for e2m1, stochastic rounding
+and the transform (`_mx_cpu`). Everything else runs the definition itself.
 """
 
 import torch
@@ -14,12 +14,11 @@ from aotrain.formats import (
     SCALE_FORMATS,
     ScaledTensor,
     Scaling,
-    hadamard_transform,
     quantize_mx,
     scale_shape,
 )
 from aotrain.formats.mx import check_mx, signs_of
-from aotrain.kernels import _cast_cpu
+from aotrain.kernels import _cast_cpu, _mx_cpu
 from aotrain.kernels._dispatch import FLOAT8_CAPABILITY, MIN_CAPABILITY, triton_problem, warn_slow
 from aotrain.kernels._library import LIBRARY
 
@@ -93,12 +92,15 @@ def _reference(
 def _cpu(
     x_hp: torch.Tensor, element: str, scale: str, rounding: str, hadamard: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The C++ kernel of `scaled_cast`, of the transformed matrix where there is a transform."""
+    """The C++ kernel of `scaled_cast`, of the transformed matrix where there is a transform; stochastic has its own."""
+    scaling = _scaling(element, scale, rounding, hadamard)
+    signs = signs_of(scaling, x_hp.device) if hadamard else None
+    if rounding == "stochastic" and _mx_cpu.stochastic_problem(x_hp, element) is None:
+        return _mx_cpu.mx_stochastic(x_hp, signs, scaling)
     if rounding != "nearest" or _cast_cpu.problem(x_hp, element, scale):
         return _reference(x_hp, element, scale, rounding, hadamard)
-    if hadamard:
-        x_hp = hadamard_transform(x_hp, signs_of(_scaling(element, scale, rounding, hadamard), x_hp.device))
-    return _cast_cpu.scaled_cast(x_hp, element, scale, *BLOCKWISE_1X32)
+    x = x_hp if signs is None else _mx_cpu.hadamard_transform(x_hp, signs)
+    return _cast_cpu.scaled_cast(x, element, scale, *BLOCKWISE_1X32)
 
 
 def mx_cast_gap(scaling: Scaling) -> str | None:
