@@ -34,7 +34,7 @@ def hadamard_transform(x: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
     size = signs.numel()
     columns = -(-x.shape[-1] // size) * size
     y = x.new_zeros((*x.shape[:-1], columns), dtype=torch.float32)
-    y[..., : x.shape[-1]] = x
+    y[..., : x.shape[-1]] = x.contiguous()  # a transposition is faster in 16 bits than while it is widened
     found.aotrain_hadamard(y.data_ptr(), signs.data_ptr(), y.numel() // size, size, torch.get_num_threads())
     return y
 
