@@ -27,6 +27,8 @@ from aotrain.formats.scaling import BLOCKWISE_1X32, Scaling
 SIGNS_SEED = 0
 # The odd multiplier of Knuth's multiplicative hashing, floor(2^64 / golden ratio), as int64.
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+# |sum| of as many 16-bit integers is at most 2^30.
+_ROWS_IN_32_BITS = 2**15
 
 
 def is_mx(scaling: Scaling) -> bool:
@@ -75,7 +77,10 @@ def stochastic_key(x_hp: torch.Tensor) -> torch.Tensor:
     Args:
         x_hp: [..., columns], float32, bfloat16 or float16, any strides; the bits are read as signed integers.
     """
-    bits = x_hp.view(torch.int32 if x_hp.dtype == torch.float32 else torch.int16)
-    columns = bits.flatten(0, -2).sum(0, dtype=torch.int64)
+    bits = x_hp.view(torch.int32 if x_hp.dtype == torch.float32 else torch.int16).flatten(0, -2)
+    if bits.dtype == torch.int16:  # sums that fit 32 bits take a ninth of the time on CPU
+        columns = torch.stack([part.sum(0, dtype=torch.int32) for part in bits.split(_ROWS_IN_32_BITS)]).sum(0)
+    else:
+        columns = bits.sum(0, dtype=torch.int64)
     weights = (2 * torch.arange(columns.numel(), device=x_hp.device) + 1) * _GOLDEN
     return (columns * weights).sum()

@@ -73,6 +73,11 @@ def test_the_key_is_the_documented_sum():
     assert int(stochastic_key(x)) % 2**64 == want
 
 
+def test_the_key_of_more_rows_than_a_32_bit_sum_holds():
+    x = torch.full((2**16 + 3, 1), -1.0, dtype=torch.bfloat16)  # bits 0xBF80
+    assert int(stochastic_key(x)) % 2**64 == (2**16 + 3) * (0xBF80 - 2**16) * 0x9E3779B97F4A7C15 % 2**64
+
+
 def test_the_expectation_is_the_operand_and_nothing_saturates():
     """RCEIL keeps every element within reach of rounding up: with FLOOR the largest ones would be cut off."""
     x = torch.randn(1, 32) * 3
