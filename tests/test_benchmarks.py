@@ -139,6 +139,7 @@ def test_bytes_that_a_cast_must_move(small):
     assert cases["scaled_cast-rowwise-both"] == 6 * elements + 4 * (rows + columns)
     assert cases["scaled_cast-tensorwise"] == 5 * elements + 4
     assert cases["scaled_cast-1x128-both"] == 4 * elements + 2 * 4 * elements / 128
+    assert cases["scaled_cast-mxfp8-both"] == 4 * elements + 2 * elements / 32
 
 
 def test_moe_measures_our_recipes_beside_torch(tmp_path, monkeypatch):
