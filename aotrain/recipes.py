@@ -147,7 +147,7 @@ RECIPES: dict[str, LinearRecipe] = {
     # 4 bits. Gradients are rounded stochastically, below a scale at which nothing saturates, so that their expectation
     # is the gradient (Tseng et al., arXiv:2502.20586). Inputs and weights are rounded to nearest, in backward too:
     # those are the values of forward, and stochastic rounding would add variance without removing a bias of the
-    # gradient; their scales are those of the smallest error (docs/numerics.md, section 9). A random Hadamard transform
+    # gradient; their scales are those of the smallest error (docs/numerics.md, section 12). A random Hadamard transform
     # over the tokens of a scale's block spreads outliers of grad_weight's operands, which have no say in forward.
     #   output = e2m1(x) @ e2m1(w).T    grad_input = e2m1_sr(g) @ e2m1(w)
     #   grad_weight = e2m1_sr(H g).T @ e2m1(H x)

@@ -39,7 +39,6 @@ CASTS: dict[str, Scaling] = {
     "128x128": Scaling(element=FLOAT8_E4M3, scale=SCALE_FORMATS["float32_pow2"], block=BLOCKWISE_128X128),
     "mxfp8": Scaling(element=FLOAT8_E4M3, scale=SCALE_FORMATS["e8m0_rceil"], block=BLOCKWISE_1X32),
     "int8-rowwise": Scaling(element=INT8, block=ROWWISE),
-    "mxfp8": Scaling(element=FLOAT8_E4M3, scale=SCALE_FORMATS["e8m0_rceil"], block=BLOCKWISE_1X32),
 }
 # Rows x columns of activations and weights: Llama 3 8B and 70B at 16k tokens. A CPU gets the same aspect at less cost.
 GPU_SHAPES = ((16384, 4096), (16384, 14336), (14336, 4096), (16384, 8192), (16384, 28672), (28672, 8192))
