@@ -67,7 +67,7 @@ SUITES = {
         steps=500,
         key="precision.experts",
         baseline="null",
-        bounds={"float8_rowwise": 1.0, "float8_blockwise": 1.0},
+        bounds={"float8_rowwise": 1.0, "float8_blockwise": 1.0, "mxfp8": 1.0},
         overrides=_COMMON,
     ),
     "float8": Suite(

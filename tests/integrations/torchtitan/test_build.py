@@ -30,7 +30,9 @@ SHIPPED = {
     "llama3_70b_float8_rowwise_256xh100": (256, 4),
     "deepseek_v3_debug_moe_bf16_cpu": (1, 8),
     "deepseek_v3_debug_moe_float8_rowwise_cpu": (1, 8),
+    "deepseek_v3_debug_moe_mxfp8_cpu": (1, 8),
     "deepseek_v3_16b_moe_float8_blockwise_8xh200": (8, 4),
+    "deepseek_v3_16b_moe_mxfp8_8xb200": (8, 4),
     "qwen3_30b_moe_float8_rowwise_8xh200": (8, 2),
 }
 

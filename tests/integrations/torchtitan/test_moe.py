@@ -26,6 +26,13 @@ def test_twenty_steps_learn(train, tmp_path):
     )
 
 
+def test_mxfp8_learns(train):
+    options = ["training.steps=10", "schedule.total_steps=10", "schedule.warmup_steps=2", "data.global_batch_size=4"]
+    rows = train(*options, "validation.every=null", config="deepseek_v3_debug_moe_mxfp8_cpu")
+    assert rows[0]["loss"] > 5.5
+    assert rows[-1]["loss"] < 4.2
+
+
 def test_repeats_and_resumes_bit_for_bit(train):
     """The balance of experts, a buffer outside of the optimizer, included."""
     options = ["training.steps=4", "checkpoint.every=2", "metrics.every=1"]
