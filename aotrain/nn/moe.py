@@ -61,7 +61,7 @@ def convert_moe_training(
     name, scaling = _scaling_of(recipe, emulate)
     rows = []
     for fqn, candidate in module.named_modules():
-        if not _is_candidate(candidate):
+        if not may_be_experts(candidate):
             continue
         problem = _problem(candidate, fqn, module_filter_fn)
         if problem is not None:
@@ -92,7 +92,8 @@ def _scaling_of(recipe: str | LinearRecipe | RecipeConfig, emulate: bool) -> tup
     )
 
 
-def _is_candidate(module: torch.nn.Module) -> bool:
+def may_be_experts(module: torch.nn.Module) -> bool:
+    """Whether a module has 3-D parameters of its own."""
     if isinstance(module, torch.nn.ParameterList | torch.nn.ParameterDict):
         return False
     return any(weight.dim() == 3 and weight.is_floating_point() for weight in expert_weights(module).values())

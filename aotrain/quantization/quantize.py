@@ -14,9 +14,11 @@ from aotrain.nn import (
     Float8TrainingOpConfig,
     MXFP8TrainingOpConfig,
     MXLinearConfig,
+    convert_moe_training,
     convert_to_float8_training,
     convert_to_mx_training,
 )
+from aotrain.nn.moe import may_be_experts
 
 ModuleFilter = Callable[[torch.nn.Module, str], bool]
 # Convert the modules of a model that a filter accepts, in place.
@@ -47,7 +49,8 @@ def quantize_(
     """Apply a configuration to a model, in place.
 
     With a configuration of training, linear layers are swapped for ones with the same parameters and names: those that
-    the filter accepts, and those inside of modules that it accepts.
+    the filter accepts, and those inside of modules that it accepts. So are experts that the filter accepts, with a
+    configuration that is for both; without a filter they are not.
 
     Args:
         model: the model.
@@ -73,20 +76,28 @@ def _everything(module: torch.nn.Module, fqn: str) -> bool:
 
 
 @register_quantize_handler(MXFP8TrainingOpConfig)
-@register_quantize_handler(MXLinearConfig)
-def _mx_training(
-    model: torch.nn.Module, config: MXFP8TrainingOpConfig | MXLinearConfig, filter_fn: ModuleFilter
+@register_quantize_handler(Float8TrainingOpConfig)
+def _linear_layers_and_experts(
+    model: torch.nn.Module, config: MXFP8TrainingOpConfig | Float8TrainingOpConfig, filter_fn: ModuleFilter
 ) -> None:
+    accepts = _inside_of(model, filter_fn)
+    found = [module for fqn, module in model.named_modules() if accepts(module, fqn)]
+    has_experts = filter_fn is not _everything and any(map(may_be_experts, found))
+    same = config.to_linear_config()
+    if has_experts:
+        convert_moe_training(model, same, module_filter_fn=accepts)
+    if not has_experts or any(isinstance(module, torch.nn.Linear) for module in found):
+        _HANDLERS[type(same)](model, same, filter_fn)
+
+
+@register_quantize_handler(MXLinearConfig)
+def _mx_training(model: torch.nn.Module, config: MXLinearConfig, filter_fn: ModuleFilter) -> None:
     convert_to_mx_training(_not_a_linear(model), config, module_filter_fn=_inside_of(model, filter_fn))
 
 
-@register_quantize_handler(Float8TrainingOpConfig)
 @register_quantize_handler(Float8LinearConfig)
-def _float8_training(
-    model: torch.nn.Module, config: Float8TrainingOpConfig | Float8LinearConfig, filter_fn: ModuleFilter
-) -> None:
-    linear = config.to_linear_config() if isinstance(config, Float8TrainingOpConfig) else config
-    convert_to_float8_training(_not_a_linear(model), config=linear, module_filter_fn=_inside_of(model, filter_fn))
+def _float8_training(model: torch.nn.Module, config: Float8LinearConfig, filter_fn: ModuleFilter) -> None:
+    convert_to_float8_training(_not_a_linear(model), config=config, module_filter_fn=_inside_of(model, filter_fn))
 
 
 def _not_a_linear(model: torch.nn.Module) -> torch.nn.Module:

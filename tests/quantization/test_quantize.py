@@ -6,9 +6,11 @@ from torch import nn
 
 import aotrain.quantization.quantize as module
 from aotrain.nn import Float8Linear, Float8LinearConfig, Float8TrainingOpConfig, MXFP8TrainingOpConfig, MXLinear
+from aotrain.nn.experts import expert_scaling
 from aotrain.nn.mx_config import MXLinearConfig
 from aotrain.quantization import quantize_, register_quantize_handler
 from aotrain.recipes import RECIPES
+from tests.nn.experts import Experts, MoE
 
 
 def model() -> nn.Module:
@@ -45,6 +47,24 @@ def test_the_filter_names_layers_or_what_holds_them():
     network = model()
     quantize_(network, MXFP8TrainingOpConfig(), filter_fn=lambda mod, fqn: isinstance(mod, nn.Linear) and fqn != "1")
     assert kinds(network) == [MXLinear, MXLinear, nn.Linear]
+
+
+@pytest.mark.parametrize(
+    ("config", "recipe"), [(MXFP8TrainingOpConfig(), "mxfp8"), (Float8TrainingOpConfig(), "float8_rowwise")]
+)
+def test_experts_that_the_filter_accepts_are_converted(config, recipe):
+    network = MoE(Experts())
+    quantize_(network, config, filter_fn=lambda mod, fqn: isinstance(mod, Experts))
+    assert expert_scaling(network.experts).recipe == RECIPES[recipe]
+    assert kinds(network) == [nn.Linear] * 2
+    quantize_(network.experts, config, filter_fn=lambda mod, fqn: isinstance(mod, Experts))  # itself
+    network = MoE(Experts())
+    quantize_(network, config, filter_fn=lambda mod, fqn: fqn in ("experts", "lm_head"))
+    assert expert_scaling(network.experts) is not None
+    assert [kind is nn.Linear for kind in kinds(network)] == [True, False]
+    network = MoE(Experts())
+    quantize_(network, config)
+    assert expert_scaling(network.experts) is None
 
 
 def test_the_model_moves_first():
