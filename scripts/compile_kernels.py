@@ -1,6 +1,6 @@
 """Compile every Triton kernel at every shipped configuration for each GPU architecture, without a GPU.
 
-    python scripts/compile_kernels.py [--out benchmarks/results/aot_kernels.csv] [--arch 90 100]
+    python scripts/compile_kernels.py [--out benchmarks/results/aot_kernels.csv] [--arch 90 100] [--kernel NAME]
 
 Prints kernel, variant, architecture, registers per thread, spilled bytes, shared memory, machine instructions (each
 counted once, without the blocks that call the slow path of a division or root) and how many of all instructions move
@@ -10,11 +10,13 @@ per thread (loads and stores together).
 
 import argparse
 import csv
+import functools
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +30,20 @@ def main() -> int:
     """Compile and report; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=[90, 100], help="compute capabilities, as in sm_90")
+    parser.add_argument("--kernel", help="only the variants of this one")
     parser.add_argument("--max-spill", type=int, default=0, help="bytes per thread")
     parser.add_argument("--out", type=Path, help="CSV file to write")
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 replaces the compiler by the interpreter; unset it")
 
-    from aotrain.kernels.triton.registry import KERNELS
-
     commit = {"commit": source_commit()}
-    rows = [compile_variant(variant, arch) | commit for make in KERNELS for variant in make() for arch in options.arch]
+    chosen = [index for index, variant in enumerate(variants()) if options.kernel in (None, variant.name)]
+    if not chosen:
+        parser.error(f"--kernel got {options.kernel!r}; want one of {', '.join(sorted({v.name for v in variants()}))}")
+    wanted = [(index, arch) for index in chosen for arch in options.arch]
+    with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
+        rows = [row | commit for row in pool.map(compile_index, *zip(*wanted, strict=True))]
     print_table(rows)
     if options.out is not None:
         write_csv(rows, options.out)
@@ -45,6 +51,19 @@ def main() -> int:
     for row in spilling:
         print(f"error: {row['kernel']} {row['variant']} spills {row['spill_bytes']} bytes on sm_{row['arch']}")
     return 1 if spilling else 0
+
+
+@functools.lru_cache(maxsize=1)
+def variants() -> list[Any]:
+    """All that is to be compiled. Kernels cannot be pickled, so processes agree on positions in this list."""
+    from aotrain.kernels.triton.registry import KERNELS
+
+    return [variant for make in KERNELS for variant in make()]
+
+
+def compile_index(index: int, arch: int) -> dict[str, Any]:
+    """`compile_variant` of one of `variants`."""
+    return compile_variant(variants()[index], arch)
 
 
 def compile_variant(variant: Any, arch: int) -> dict[str, Any]:
@@ -111,6 +130,7 @@ def opcodes(cubin: bytes) -> list[str]:
     return [opcode for opcode in instruction.findall(cuda_tool("nvdisasm", cubin, "-c")) if opcode != "NOP"]
 
 
+@functools.lru_cache(maxsize=8)
 def cuda_tool(name: str, cubin: bytes, option: str) -> str:
     """Output of one of the CUDA tools that triton ships, for a compiled kernel."""
     import triton
