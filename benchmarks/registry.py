@@ -22,7 +22,7 @@ from aotrain.formats import (
     quantize,
     scale_shape,
 )
-from aotrain.kernels import scaled_cast, scaled_cast_both
+from aotrain.kernels import _mx_cuda, scaled_cast, scaled_cast_both
 from aotrain.testing import assert_bitwise_equal
 from benchmarks.case import Case
 from benchmarks.float8 import float8_cases
@@ -58,16 +58,38 @@ def scaled_cast_cases(device: torch.device) -> Iterator[Case]:
             yield _cast_case(name, x, scaling, None)
             yield _cast_case(f"{name}-of-t", x, None, scaling)
             yield _cast_case(f"{name}-both", x, scaling, scaling)
+        mx = CASTS["mxfp8"]
+        if _mx_cuda.problem(x, mx.element.name, "rceil") is None:
+            for way, scaling, scaling_t in (("", mx, None), ("-of-t", None, mx), ("-both", mx, mx)):
+                yield _cast_case(f"mxfp8-cuda{way}", x, scaling, scaling_t, _cuda_casts)
         yield _copy(x)
 
 
-def _cast_case(name: str, x: torch.Tensor, scaling: Scaling | None, scaling_t: Scaling | None) -> Case:
+def _casts(x: torch.Tensor, scaling: Scaling | None, scaling_t: Scaling | None) -> tuple[ScaledTensor, ...]:
+    if scaling is not None and scaling_t is not None:
+        return scaled_cast_both(x, scaling, scaling_t)
+    return (scaled_cast(x, scaling) if scaling is not None else scaled_cast(x.t(), scaling_t),)
+
+
+def _cuda_casts(x: torch.Tensor, scaling: Scaling | None, scaling_t: Scaling | None) -> tuple[ScaledTensor, ...]:
+    """The CUDA C++ kernel, which no op uses until it has been measured beside Triton's."""
+    wanted = [(s, block) for s, block in ((scaling, (1, 32)), (scaling_t, (32, 1))) if s is not None]
+    blocks = [block for _, block in wanted]
+    results = _mx_cuda.mx_cast_cuda(x, wanted[0][0].element.name, "rceil", *blocks, blocked=False)
+    return tuple(ScaledTensor(*results[2 * i : 2 * i + 2], s) for i, (s, _) in enumerate(wanted))
+
+
+def _cast_case(
+    name: str,
+    x: torch.Tensor,
+    scaling: Scaling | None,
+    scaling_t: Scaling | None,
+    casts: Callable[..., tuple[ScaledTensor, ...]] = _casts,
+) -> Case:
     """The cast of x, of its transposition, or of both."""
 
     def run() -> tuple[ScaledTensor, ...]:
-        if scaling is not None and scaling_t is not None:
-            return scaled_cast_both(x, scaling, scaling_t)
-        return (scaled_cast(x, scaling) if scaling is not None else scaled_cast(x.t(), scaling_t),)
+        return casts(x, scaling, scaling_t)
 
     wanted = [(operand, s) for operand, s in ((x, scaling), (x.t(), scaling_t)) if s is not None]
 

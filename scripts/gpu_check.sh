@@ -25,7 +25,8 @@ stage() { # name, command...
 }
 
 stage environment "$PYTHON" -c 'import torch; assert torch.cuda.is_available(), "no GPU"; print(torch.__version__, torch.cuda.get_device_name())'
-stage tests "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests/kernels tests/ops tests/optim
+stage build "$PYTHON" -m aotrain._build
+stage tests "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests/kernels tests/ops tests/nn tests/optim
 benchmark() { # name, repeats
   local left=$((LIMIT - SECONDS - 10))
   stage "$1" "$PYTHON" -m benchmarks.run "$1" --repeats "$2" --resume --limit "$left"

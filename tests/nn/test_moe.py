@@ -403,3 +403,17 @@ def test_distributed_tensors_in_the_product_are_refused():
     mode = GroupedMMInterception([weight], get_recipe("rowwise"))
     with pytest.raises(ValueError, match=r"got a DTensor; want the tensors of this rank"), mode:
         torch._grouped_mm(x, weight, offs=offs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recipe", [*RECIPES, "mxfp8"])
+def test_nothing_waits_for_the_gpu(recipe: str):
+    model = convert_moe_training(Experts(dim=128, hidden=256).cuda(), recipe)
+    x = torch.randn(96, 128, device="cuda", requires_grad=True)
+    offs = torch.tensor([40, 40, 71, 96], dtype=torch.int32, device="cuda")
+    model(x, offs).square().mean().backward()  # kernels are compiled by their first call
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model(x, offs).square().mean().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -36,7 +36,7 @@ def check(tmp_path):
     return run
 
 
-STAGES = ["-c import", "-m pytest", "float8", "moe", "optim", "routing", "scaled_cast", "nvfp4"]
+STAGES = ["-c import", "-m aotrai", "-m pytest", "float8", "moe", "optim", "routing", "scaled_cast", "nvfp4"]
 
 
 def test_tests_run_before_benchmarks_and_a_passed_stage_is_not_repeated(check):
