@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 
@@ -14,10 +14,14 @@ from aotrain.nn.float8_linear import Float8Linear, LayerConfig, clone_as
 from aotrain.nn.fsdp_wrap import unwrap_weights, wrap_weights
 from aotrain.nn.mx_config import MXFP8TrainingOpConfig, MXLinearConfig
 from aotrain.nn.mx_linear import MXFP8Linear, MXLinear, linear_config
+from aotrain.nn.nvfp4_linear import NVFP4Linear, NVFP4TrainingConfig
 from aotrain.nn.report import Report, ReportRow, attach_report
 from aotrain.recipes import LinearRecipe
 
 logger = logging.getLogger(__name__)
+
+_LOW_PRECISION = (Float8Linear, NVFP4Linear)
+ConfigT = TypeVar("ConfigT", bound=LayerConfig | NVFP4TrainingConfig)
 
 
 def convert_to_float8_training(
@@ -49,49 +53,61 @@ def convert_to_float8_training(
             rejected every one.
     """
     config = Float8LinearConfig() if config is None else config
-    return convert_linears(module, Float8Linear, config, module_filter_fn, title="float8 training")
+    return convert_linears(module, Float8Linear._sharing, config, module_filter_fn, title="float8 training")
 
 
 def convert_to_mx_training(
     module: torch.nn.Module,
-    recipe: MXLinearConfig | MXFP8TrainingOpConfig | str = "mxfp8",
+    recipe: MXLinearConfig | MXFP8TrainingOpConfig | NVFP4TrainingConfig | str = "mxfp8",
     *,
     module_filter_fn: ModuleFilter | None = None,
 ) -> torch.nn.Module:
-    """Convert a model's linear layers to MX training, in place.
+    """Convert a model's linear layers to MX or NVFP4 training, in place.
 
     What holds for `convert_to_float8_training` holds here. Both may convert layers of one model, in any order; a layer
     that both are asked to convert is what the last one made it.
 
+    In 4 bits the last layers stay in high precision, as in the paper of NVFP4:
+
+        convert_to_mx_training(model, "nvfp4", module_filter_fn=keep_tail_layers(model))
+
     Args:
         module: the model, on any device, meta included.
-        recipe: "mxfp8", "mxfp8_gw_hp" or "mxfp4", or a configuration.
+        recipe: "mxfp8", "mxfp8_gw_hp", "mxfp4" or "nvfp4", or a configuration.
         module_filter_fn: `(linear, dotted name) -> bool`, which layers to convert; default all.
 
     Returns:
         The same module; a new one only when `module` itself is a linear layer.
 
     Raises:
-        ValueError: an unknown recipe or one that is not MX, or no layer was converted and none had been before.
+        ValueError: an unknown recipe or one that is neither MX nor NVFP4, or no layer was converted and none had been
+            before.
     """
-    return convert_linears(module, MXLinear, linear_config(recipe), module_filter_fn, title="MX training")
+    if recipe == "nvfp4":
+        recipe = NVFP4TrainingConfig()
+    if isinstance(recipe, NVFP4TrainingConfig):
+        return convert_linears(module, NVFP4Linear.from_float, recipe, module_filter_fn, title="NVFP4 training")
+    return convert_linears(module, MXLinear._sharing, linear_config(recipe), module_filter_fn, title="MX training")
 
 
 def convert_linears(
     module: torch.nn.Module,
-    cls: type[Float8Linear],
-    config: LayerConfig,
+    build: Callable[[torch.nn.Linear, ConfigT], torch.nn.Linear],
+    config: ConfigT,
     module_filter_fn: ModuleFilter | None,
     *,
     title: str,
 ) -> torch.nn.Module:
-    """Swap linear layers for ones of `cls`; what the conversions have in common. `title` names it in the report."""
+    """Swap linear layers for what `build` makes of them; what the conversions have in common.
+
+    `title` names the conversion in the report.
+    """
     rows: list[ReportRow] = []
 
     def convert(linear: torch.nn.Linear, fqn: str) -> torch.nn.Linear:
         decision = _decide(linear, fqn, module_filter_fn, config)
         rows.append(ReportRow(fqn, decision.kind, decision.reason))
-        return cls._sharing(linear, config) if decision.swap else linear
+        return build(_without_low_precision(linear), config) if decision.swap else linear
 
     module = _swap_linears(module, convert)
     wrap_weights(module)
@@ -107,22 +123,19 @@ def unconvert(module: torch.nn.Module) -> torch.nn.Module:
     """Undo `convert_to_float8_training`, `convert_to_mx_training` and `convert_moe_training` in place, same parameters.
 
     Returns:
-        The same module; a new one only when `module` itself is a `Float8Linear`.
+        The same module; a new one only when `module` itself is such a layer.
 
     Raises:
-        ValueError: the model has neither a `Float8Linear` nor converted experts.
+        ValueError: the model has neither such a layer nor converted experts.
     """
     count = 0
 
     def restore(linear: torch.nn.Linear, fqn: str) -> torch.nn.Linear:
         nonlocal count
-        if type(linear) not in (Float8Linear, MXLinear, MXFP8Linear):
+        if type(linear) not in (Float8Linear, MXLinear, MXFP8Linear, NVFP4Linear):
             return linear
         count += 1
-        plain = clone_as(linear, torch.nn.Linear)
-        for attribute in Float8Linear.__annotations__:
-            del plain.__dict__[attribute]
-        return plain
+        return _without_low_precision(linear)
 
     for experts in list(module.modules()):
         if expert_scaling(experts) is not None:
@@ -130,9 +143,23 @@ def unconvert(module: torch.nn.Module) -> torch.nn.Module:
             count += 1
     module = _swap_linears(module, restore)
     if count == 0:
-        raise ValueError("unconvert found no Float8Linear and no converted experts in the model; was it converted?")
+        raise ValueError(
+            "unconvert found no Float8Linear, MXLinear or NVFP4Linear and no converted experts in the model; was it "
+            "converted?"
+        )
     unwrap_weights(module)
     return module
+
+
+def _without_low_precision(linear: torch.nn.Linear) -> torch.nn.Linear:
+    """An `nn.Linear` with the parameters of a layer that a conversion made; any other layer as it is."""
+    if not isinstance(linear, _LOW_PRECISION):
+        return linear
+    plain = clone_as(linear, torch.nn.Linear)
+    for cls in _LOW_PRECISION:
+        for attribute in cls.__annotations__:
+            plain.__dict__.pop(attribute, None)
+    return plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,11 +173,11 @@ def _decide(
     linear: torch.nn.Linear,
     fqn: str,
     module_filter_fn: ModuleFilter | None,
-    config: LayerConfig,
+    config: LayerConfig | NVFP4TrainingConfig,
 ) -> _Decision:
-    if isinstance(linear, Float8Linear) and linear.config == config:
+    if isinstance(linear, _LOW_PRECISION) and linear.config == config:
         return _Decision("converted", "already converted with this configuration")
-    if type(linear).forward not in (torch.nn.Linear.forward, Float8Linear.forward):
+    if type(linear).forward not in (torch.nn.Linear.forward, *(cls.forward for cls in _LOW_PRECISION)):
         return _Decision("skipped", f"{type(linear).__name__} has a forward of its own")
     if module_filter_fn is not None and not module_filter_fn(linear, fqn):
         return _Decision("skipped", "rejected by the filter")

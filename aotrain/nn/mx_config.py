@@ -13,7 +13,7 @@ import torch
 from aotrain.formats import FLOAT8_E4M3, SCALE_FORMATS, Scaling, is_mx
 from aotrain.nn.float8_config import Float8LinearConfig
 from aotrain.ops import check_save_for_backward
-from aotrain.recipes import HIGH_PRECISION, RECIPES, GemmRecipe, LinearRecipe, get_recipe
+from aotrain.recipes import HIGH_PRECISION, RECIPE_ALIASES, RECIPES, GemmRecipe, LinearRecipe
 
 
 class ScaleCalculationMode(Enum):
@@ -84,10 +84,14 @@ class MXLinearConfig:
 
     def to_recipe(self) -> LinearRecipe:
         """The `LinearRecipe` this configuration means."""
-        recipe = get_recipe(self.recipe) if isinstance(self.recipe, str) else self.recipe
-        if not is_mx_recipe(recipe):
+        name = self.recipe
+        recipe = RECIPES.get(RECIPE_ALIASES.get(name, name)) if isinstance(name, str) else name
+        if recipe is None or not is_mx_recipe(recipe):
             valid = ", ".join(name for name, row in RECIPES.items() if is_mx_recipe(row))
-            raise ValueError(f"MX training got recipe {self.recipe!r}; want one of {valid}.")
+            raise ValueError(
+                f"MX training got recipe {self.recipe!r}; want one of {valid}, or for convert_to_mx_training nvfp4, "
+                "whose configuration is NVFP4TrainingConfig."
+            )
         if self.scale_calculation_mode is None:
             return recipe
         scale = SCALE_FORMATS[f"e8m0_{self.scale_calculation_mode.value}"]

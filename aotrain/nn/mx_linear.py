@@ -71,6 +71,6 @@ def linear_config(config: MXLinearConfig | MXFP8TrainingOpConfig | str) -> MXLin
     if isinstance(config, MXLinearConfig):
         return config
     raise TypeError(
-        f"MX training got a {type(config).__name__}; want the name of a recipe, an MXLinearConfig or an "
-        "MXFP8TrainingOpConfig."
+        f"MX training got a {type(config).__name__}; want the name of a recipe, an MXLinearConfig, an "
+        "MXFP8TrainingOpConfig or an NVFP4TrainingConfig."
     )

@@ -22,6 +22,10 @@ def keep_tail_layers(
 ) -> ModuleFilter:
     """Filter that rejects the linear layers of the last blocks and what follows the blocks, such as the output head.
 
+    For the conversions and, since it accepts nothing but linear layers, for `quantize_`:
+
+        convert_to_mx_training(model, "nvfp4", module_filter_fn=keep_tail_layers(model))
+
     The blocks are the children of the ModuleList, ModuleDict or Sequential that has the most children with linear
     layers.
 
@@ -60,7 +64,9 @@ def _is_not_kept(
     following: frozenset[str],
     module_filter_fn: ModuleFilter | None,
 ) -> bool:
-    if fqn in following or any(fqn == prefix or fqn.startswith(f"{prefix}.") for prefix in prefixes):
+    if not hasattr(module, "in_features") or fqn in following:
+        return False
+    if any(fqn == prefix or fqn.startswith(f"{prefix}.") for prefix in prefixes):
         return False
     return module_filter_fn is None or module_filter_fn(module, fqn)
 

@@ -1,7 +1,7 @@
 """quantize_(model, config): convert in place, by a handler that belongs to the configuration's type.
 
-This file knows the configurations of training: `MXFP8TrainingOpConfig`, `MXLinearConfig`, `Float8TrainingOpConfig` and
-`Float8LinearConfig`. Others register a handler of their own.
+This file knows the configurations of training: `MXFP8TrainingOpConfig`, `MXLinearConfig`, `NVFP4TrainingConfig`,
+`Float8TrainingOpConfig` and `Float8LinearConfig`. Others register a handler of their own.
 """
 
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from aotrain.nn import (
     Float8TrainingOpConfig,
     MXFP8TrainingOpConfig,
     MXLinearConfig,
+    NVFP4TrainingConfig,
     convert_moe_training,
     convert_to_float8_training,
     convert_to_mx_training,
@@ -91,7 +92,10 @@ def _linear_layers_and_experts(
 
 
 @register_quantize_handler(MXLinearConfig)
-def _mx_training(model: torch.nn.Module, config: MXLinearConfig, filter_fn: ModuleFilter) -> None:
+@register_quantize_handler(NVFP4TrainingConfig)
+def _mx_training(
+    model: torch.nn.Module, config: MXLinearConfig | NVFP4TrainingConfig, filter_fn: ModuleFilter
+) -> None:
     convert_to_mx_training(_not_a_linear(model), config, module_filter_fn=_inside_of(model, filter_fn))
 
 
