@@ -43,7 +43,7 @@ def plan(
         model: a job file such as configs/pretrain/llama3_8b_float8_rowwise_8xh100.yaml, a torchtitan model such as
             llama3/8b, or a folder with a Hugging Face config.json.
         recipe: float8_tensorwise, float8_rowwise, float8_rowwise_with_gw_hp, float8_blockwise, int8_rowwise, mxfp8,
-            mxfp8_gw_hp or mxfp4. Default: the job's, else float8_rowwise.
+            mxfp8_gw_hp, mxfp4 or nvfp4. Default: the job's, else float8_rowwise.
         tokens: tokens per GPU and forward pass (with tensor parallelism, of the ranks that split the layers together).
             Default: the job's batch_size * seq_len, else 16384.
         tp: tensor-parallel ranks. Default: the job's, else 1.

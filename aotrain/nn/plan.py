@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 
 from aotrain.gpus import DEFAULT_GPU, find_gpu
+from aotrain.kernels.nvfp4_mm import native_nvfp4_problem
 from aotrain.nn.expert_work import Experts
 from aotrain.nn.layer_times import ROUTERS, Layer, Shape, layer_seconds, shard, sides
 from aotrain.nn.linear_work import Cast
@@ -34,6 +35,8 @@ MIN_GAIN = 1.03
 # From torchao's float8 README: Llama 3 8B in bfloat16 on 8 H100, batch 1 x 8192 tokens, FSDP2, compiled, selective
 # activation checkpointing, 6150 tokens/s per GPU = 1.33 s per step, of which the model gives 0.64 s to linear layers.
 OTHER_COPIES = 51
+# Not a row of RECIPES: its operands have two levels of scales, which no `Scaling` says.
+_NVFP4 = "nvfp4"
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +168,8 @@ class Plan:
     def advice(self) -> list[str]:
         """What to know before using the plan; empty if nothing."""
         if self.problem is not None:
-            return [f"{self.recipe} does not run natively here: {self.problem}. Use {_listed(self.alternatives)}."]
+            what = "is not planned" if self.recipe == _NVFP4 else "does not run natively here"
+            return [f"{self.recipe} {what}: {self.problem}. Use {_listed(self.alternatives)}."]
         if self.worth_it:
             return list(self.notes)
         percent = 100 * (self.step_gain - 1)
@@ -202,7 +206,7 @@ def make_plan(
     Args:
         model: a module, on the meta device if it is large, of which only the linear layers are seen; or linear layers
             as (name, N, K) and experts as `Experts`.
-        recipe: name or alias.
+        recipe: name or alias, or nvfp4, of whose times there is no model yet: its plan only says where it runs.
         tokens: rows of x per forward pass on one GPU (of all ranks that split the layers together).
         tp: tensor-parallel ranks.
         ep: expert-parallel ranks, each of which brings `tokens` of its own.
@@ -215,11 +219,11 @@ def make_plan(
     Raises:
         ValueError: unknown recipe or GPU, no linear layer, a skip that matches none, or a number out of range.
     """
-    name = recipe_name(recipe)
+    name = recipe if recipe == _NVFP4 else recipe_name(recipe)
     layers = list(linear_shapes(model) if isinstance(model, torch.nn.Module) else model)
     _check(layers, (("tokens", tokens), ("tp", tp), ("ep", ep)), skip, other_share)
     times = times_for(gpu) if times is None else times
-    problem = times.problem(RECIPES[name])
+    problem = _nvfp4_problem(times) if name == _NVFP4 else times.problem(RECIPES[name])
     rows = []
     layers = [shard(layer, tp, ep) for layer in layers]
     for layer in layers:
@@ -307,6 +311,20 @@ def _check(
         if not any(matches_skip(layer[0], pattern) for layer in layers):
             names = ", ".join(layer[0] for layer in layers[:6])
             raise ValueError(f"skip: {pattern!r} matches no linear layer; the model has {names}, ...")
+
+
+def _nvfp4_problem(times: Times) -> str:
+    """Where NVFP4 products run natively, and that nothing here times them."""
+    if isinstance(times, Measured):
+        problem = native_nvfp4_problem(times.device)
+    elif isinstance(times, Roofline):
+        name, capability = times.gpu.name, times.gpu.capability or (0, 0)
+        problem = None if (10, 0) <= capability < (11, 0) else f"{name} has no NVFP4 products, B200 has"
+    else:
+        problem = None
+    return problem or (
+        "its layers are not timed yet, where the products are native; `python -m benchmarks.run nvfp4` does"
+    )
 
 
 def _routing(layers: Sequence[Layer]) -> list[str]:

@@ -102,6 +102,9 @@ def test_a_module_on_the_meta_device_is_planned_and_converted_by_its_plan():
         ("H100", "mxfp8", ["does not run natively", "MX products are emulated on H100", "float8_rowwise"]),
         ("B200", "mxfp4", ["MX products are emulated on B200 as far as its data sheet tells", "float8_rowwise"]),
         ("MI300X", "float8_blockwise", ["(1, 128)", "float8_rowwise"]),
+        ("H100", "nvfp4", ["nvfp4 is not planned", "H100 has no NVFP4 products, B200 has", "Use float8_tensorwise"]),
+        ("MI300X", "nvfp4", ["MI300X has no NVFP4 products"]),
+        ("B200", "nvfp4", ["not timed yet", "benchmarks.run nvfp4", "Use float8_tensorwise"]),
     ],
 )
 def test_a_gpu_that_cannot_run_the_recipe_says_so_and_names_what_it_can(gpu, recipe, words):

@@ -18,7 +18,7 @@ from torchtitan.models.common.moe import GroupedExperts, TokenChoiceTopKRouter
 from torchtitan.protocols.module import Module
 
 from aotrain.integrations.torchtitan.experts import experts_class, experts_config, multiplies_plainly
-from aotrain.integrations.torchtitan.linear import float8_linear_config
+from aotrain.integrations.torchtitan.linear import check_recipe, float8_linear_config
 from aotrain.nn import Report, ReportRow
 from aotrain.nn.skips import matches_skip
 from aotrain.recipes import get_recipe
@@ -35,10 +35,10 @@ class Float8Converter(QuantizationConverter):
     @dataclass(kw_only=True, slots=True)
     class Config(QuantizationConverter.Config):
         recipe: str | None = "float8_rowwise"
-        """Of linear layers: a name in ``aotrain.recipes.RECIPES``; None leaves them alone."""
+        """Of linear layers: a name in ``aotrain.recipes.RECIPES``, or nvfp4; None leaves them alone."""
 
         experts: str | None = None
-        """Of the experts of MoE layers, likewise."""
+        """Of the experts of MoE layers, a name in ``aotrain.recipes.RECIPES``; likewise."""
 
         skip: list[str] = field(default_factory=lambda: ["lm_head"])
         """Layers to leave alone: globs over the dotted name, or any part of it."""
@@ -52,9 +52,10 @@ class Float8Converter(QuantizationConverter):
     def __init__(self, config: Config, **unused: Any) -> None:
         if config.recipe is None and config.experts is None:
             raise ValueError("recipe and experts are both None: there is nothing to convert; name one of them")
-        for name in (config.recipe, config.experts):
-            if name is not None:
-                get_recipe(name)
+        if config.recipe is not None:
+            check_recipe(config.recipe)
+        if config.experts is not None:
+            get_recipe(config.experts)
         self.config = config
         # Of the last conversion.
         self.report: Report | None = None

@@ -62,6 +62,17 @@ RecipeName = Literal[
     "mxfp8",
     "mxfp8_gw_hp",
     "mxfp4",
+    "nvfp4",
+]
+# Casts of groups of rows round to nearest.
+ExpertsRecipeName = Literal[
+    "float8_tensorwise",
+    "float8_rowwise",
+    "float8_rowwise_with_gw_hp",
+    "float8_blockwise",
+    "int8_rowwise",
+    "mxfp8",
+    "mxfp8_gw_hp",
 ]
 
 
@@ -71,10 +82,11 @@ class Precision(Section):
     # null: every product in param_dtype. Otherwise the format of the three products of each converted linear layer.
     recipe: RecipeName | None = None
     # The same for the experts of a mixture of experts, whose products are independent of `recipe`.
-    experts: RecipeName | None = None
+    experts: ExpertsRecipeName | None = None
     # Layers that stay in param_dtype: globs, or any part of the layer's name ("layers.0.", "feed_forward.w2",
     # "experts"). The output layer is kept because its input gradient decides the loss most directly. The gates of
-    # routers always are.
+    # routers always are. With nvfp4 keep the last 15 % of the blocks too, as its paper does; of 32 blocks:
+    # [lm_head, "layers.2[7-9].*", "layers.3[01].*"].
     skip: list[str] = Field(default=["lm_head"])
     # True: round to float8 values but multiply in high precision. Same recipe on hardware without float8, but slow.
     # CPU runs always emulate.
@@ -86,9 +98,9 @@ class Precision(Section):
     param_dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
     @property
-    def recipes(self) -> dict[str, RecipeName]:
+    def recipes(self) -> dict[str, str]:
         """The keys that name a recipe, with it."""
-        named: dict[str, RecipeName | None] = {"recipe": self.recipe, "experts": self.experts}
+        named = {"recipe": self.recipe, "experts": self.experts}
         return {key: recipe for key, recipe in named.items() if recipe is not None}
 
     @field_validator("recipe", "experts", mode="before")
@@ -340,12 +352,14 @@ def _check(job: PretrainJob) -> Iterator[tuple[str, str]]:
         )
     if job.precision.emulate and not job.precision.recipes:
         yield "precision.emulate", "is set but precision.recipe is null; name a recipe or remove it"
-    gathered = job.precision.recipe if job.precision.fsdp_float8_all_gather else "none"
-    if gathered is None:
-        yield "precision.fsdp_float8_all_gather", "is set but precision.recipe is null; name a recipe or remove it"
-    elif gathered.startswith("mx"):
-        yield "precision.fsdp_float8_all_gather", "does not go with MX recipes, whose weights are gathered whole"
+    yield from _check_gathered(job)
     yield from _check_experts(job)
+    if job.precision.recipe == "nvfp4" and job.parallelism.tp > 1:
+        yield (
+            "parallelism.tp",
+            f"got {job.parallelism.tp}, but nvfp4 layers cannot be split; want tp 1 (dp_shard splits the weights), or "
+            "precision.recipe mxfp8 or float8_rowwise",
+        )
     if job.model.size == DEBUG and job.tokenizer != "byte":
         yield "tokenizer", f"got {job.tokenizer!r}, but model.size debug has 320 tokens and fits only 'byte'"
     looks_local = job.tokenizer.startswith((".", "/", "~"))
@@ -355,6 +369,16 @@ def _check(job: PretrainJob) -> Iterator[tuple[str, str]]:
         for key in ("bf16_stochastic_round", "bits"):
             if getattr(job.optimizer, key):
                 yield f"optimizer.{key}", "is not offered by adamw; want optimizer.name adamw_8bit or another"
+
+
+def _check_gathered(job: PretrainJob) -> Iterator[tuple[str, str]]:
+    if not job.precision.fsdp_float8_all_gather:
+        return
+    recipe = job.precision.recipe
+    if recipe is None:
+        yield "precision.fsdp_float8_all_gather", "is set but precision.recipe is null; name a recipe or remove it"
+    elif recipe.startswith(("mx", "nv")):
+        yield "precision.fsdp_float8_all_gather", f"does not go with {recipe}, whose weights are gathered whole"
 
 
 def _check_experts(job: PretrainJob) -> Iterator[tuple[str, str]]:

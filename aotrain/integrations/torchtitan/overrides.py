@@ -23,7 +23,7 @@ from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher
 from aotrain.integrations.torchtitan.attention import DocumentSDPA
 from aotrain.integrations.torchtitan.dispatcher import QuantizedTokenDispatcher, dispatcher_config
 from aotrain.integrations.torchtitan.experts import experts_config
-from aotrain.integrations.torchtitan.linear import Float8Linear, float8_linear_config
+from aotrain.integrations.torchtitan.linear import Float8Linear, NVFP4Linear, float8_linear_config
 from aotrain.integrations.torchtitan.metrics import RunMetrics
 from aotrain.integrations.torchtitan.optim import LowBitOptimizers, with_low_bit
 
@@ -43,7 +43,7 @@ def float8_linear(
     recipe: str = "float8_rowwise",
     emulate: bool = False,
     fsdp_float8_all_gather: bool = False,
-) -> Float8Linear.Config:
+) -> Float8Linear.Config | NVFP4Linear.Config:
     """Every linear layer of the transformer blocks in the formats of ``recipe``."""
     return float8_linear_config(config, recipe=recipe, emulate=emulate, fsdp_float8_all_gather=fsdp_float8_all_gather)
 

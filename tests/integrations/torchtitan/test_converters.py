@@ -14,7 +14,7 @@ import aotrain.nn
 from aotrain.integrations.torchtitan import build
 from aotrain.integrations.torchtitan.build import build_config
 from aotrain.integrations.torchtitan.converters import Float8Converter
-from aotrain.integrations.torchtitan.linear import Float8Linear, float8_linear_config
+from aotrain.integrations.torchtitan.linear import Float8Linear, NVFP4Linear, float8_linear_config
 from aotrain.integrations.torchtitan.metrics_file import read_rows
 from aotrain.integrations.torchtitan.models import llama3_spec
 from aotrain.integrations.torchtitan.optim import EMBEDDING, optimizer_config, with_low_bit
@@ -74,14 +74,41 @@ def test_it_computes_what_our_own_linear_computes(recipe):
     assert torch.equal(layer.weight.grad, reference.weight.grad)
 
 
+@pytest.mark.parametrize("emulate", [False, True])
+def test_nvfp4_computes_what_our_own_linear_computes(emulate):
+    config = Linear.Config(in_features=48, out_features=33, bias=True)
+    layer = float8_linear_config(config, recipe="nvfp4", emulate=emulate).build()
+    assert isinstance(layer, NVFP4Linear)
+    assert isinstance(layer, Linear)
+    assert layer.config == aotrain.nn.NVFP4TrainingConfig(emulate=emulate)
+    reference = aotrain.nn.NVFP4Linear(48, 33, True)
+    reference.load_state_dict(layer.state_dict())
+    x = torch.randn(5, 48)
+    for module in (layer, reference):
+        module(x).sum().backward()
+    assert torch.equal(layer(x), reference(x))
+    assert torch.equal(layer.weight.grad, reference.weight.grad)
+
+
+def test_nvfp4_layers_refuse_to_be_split():
+    layer = float8_linear_config(Linear.Config(in_features=16, out_features=16), recipe="nvfp4").build()
+
+    class Dims:
+        tp_enabled = True
+
+    with pytest.raises(NotImplementedError, match=r"want parallelism\.tp 1"):
+        layer.parallelize(Dims())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"skip": ["w9", "lm_head"]}, r"skip: 'w9' matches no linear layer; the model has lm_head, layers.0"),
         ({"skip": ["*"]}, r"recipe float8_rowwise: no layer was converted"),
-        ({"recipe": "float8_colwise"}, r"Unknown recipe 'float8_colwise'; want one of"),
+        ({"recipe": "float8_colwise"}, r"Unknown recipe 'float8_colwise'; want one of .*, nvfp4"),
+        ({"recipe": "nvfp4", "fsdp_float8_all_gather": True}, r"gather does not go with recipe nvfp4"),
     ],
-    ids=["unused-skip", "nothing", "recipe"],
+    ids=["unused-skip", "nothing", "recipe", "nvfp4-gather"],
 )
 def test_a_conversion_without_effect_is_an_error(options, message):
     with pytest.raises(ValueError, match=message):

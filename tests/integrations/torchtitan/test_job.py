@@ -44,6 +44,14 @@ def test_mx_weights_are_not_gathered_as_codes(load):
     assert "precision.fsdp_float8_all_gather: does not go with MX recipes" in message
 
 
+def test_nvfp4_weights_are_neither_gathered_as_codes_nor_split(load):
+    message = problem(load, "precision.recipe=nvfp4", "precision.fsdp_float8_all_gather=true")
+    assert "precision.fsdp_float8_all_gather: does not go with nvfp4" in message
+    message = problem(load, "precision.recipe=nvfp4", "parallelism.tp=2")
+    assert "parallelism.tp: got 2, but nvfp4 layers cannot be split; want tp 1" in message
+    assert load(MINIMAL + "precision: {recipe: nvfp4}\n").precision.recipe == "nvfp4"
+
+
 def test_aliases_of_other_toolkits(load):
     job = load(MINIMAL + "optim: adamw_8bit\nfp8: {recipe_name: rowwise}\n")
     assert (job.optimizer.name, job.precision.recipe) == ("adamw_8bit", "float8_rowwise")
