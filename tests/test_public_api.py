@@ -111,6 +111,7 @@ PUBLIC = {
     ],
     "aotrain.ops": [
         "PAYLOADS",
+        "Nvfp4Method",
         "Nvfp4Recipe",
         "OperandCasts",
         "Payload",
@@ -125,6 +126,7 @@ PUBLIC = {
         "check_save_for_backward",
         "dequantize_rows",
         "generate_permute_indices",
+        "nvfp4_grouped_mm",
         "nvfp4_linear",
         "pad_token_groups",
         "permute",

@@ -258,7 +258,7 @@ def _cuda_t(
         padded = padded_rows(x_hp.shape[0], ends.shape[0], align)
         return fused(x_hp, ends, padded_ends, padded, None, scaling.block, scaling.element, scaling.scale)[2:]
     if block_columns != -1:  # no block reaches across groups once they are padded
-        return scaled_cast(_pad_groups(x_hp, ends, padded_ends, align).t(), scaling)[:2]
+        return scaled_cast(pad_groups(x_hp, ends, padded_ends, align).t(), scaling)[:2]
     warn_slow("grouped_cast_t", f"{reason}, so each group is waited for and cast alone")
     return _reference_t(x_hp, ends, padded_ends, align, element, scale, block_rows, block_columns)
 
@@ -292,7 +292,7 @@ def _kernel_gap(
     return cast_kernel_gap(scaling_t) or triton_problem(x_hp.device)
 
 
-def _pad_groups(x: torch.Tensor, ends: torch.Tensor, padded_ends: torch.Tensor, align: int) -> torch.Tensor:
+def pad_groups(x: torch.Tensor, ends: torch.Tensor, padded_ends: torch.Tensor, align: int) -> torch.Tensor:
     """[padded_rows, K]: every group at its padded place, zeros elsewhere. Waits for nothing."""
     rows = padded_rows(x.shape[0], ends.shape[0], align)
     group = row_groups(padded_ends, rows)

@@ -16,7 +16,7 @@ import torch
 from aotrain.formats import hadamard_signs
 from aotrain.formats.hadamard import HADAMARD_SIZE
 from aotrain.nn.float8_linear import clone_as
-from aotrain.ops import check_save_for_backward
+from aotrain.ops import Nvfp4Method, check_save_for_backward
 from aotrain.ops.nvfp4_linear import NVFP4_RECIPE, Nvfp4Recipe, nvfp4_linear
 
 
@@ -52,6 +52,10 @@ class NVFP4TrainingConfig:
         if self.rht_sign_vector is not None:
             return tuple(self.rht_sign_vector)
         return tuple(int(sign) for sign in hadamard_signs(self.seed).tolist())
+
+    def to_recipe(self) -> Nvfp4Method:
+        """What `aotrain.ops.scaled_grouped_mm` takes, for experts."""
+        return Nvfp4Method(recipe=self.recipe, signs=self.signs(), seed=self.seed)
 
 
 class NVFP4Linear(torch.nn.Linear):

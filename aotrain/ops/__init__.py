@@ -1,5 +1,6 @@
 """Autograd: the one layer that knows that a linear layer is three matrix products."""
 
+from aotrain.ops.nvfp4_grouped_mm import Nvfp4Method, nvfp4_grouped_mm
 from aotrain.ops.nvfp4_linear import Nvfp4Recipe, nvfp4_linear
 from aotrain.ops.permute import (
     generate_permute_indices,
@@ -33,6 +34,7 @@ from aotrain.ops.scaled_linear import (
 
 __all__ = [
     "PAYLOADS",
+    "Nvfp4Method",
     "Nvfp4Recipe",
     "OperandCasts",
     "Payload",
@@ -47,6 +49,7 @@ __all__ = [
     "check_save_for_backward",
     "dequantize_rows",
     "generate_permute_indices",
+    "nvfp4_grouped_mm",
     "nvfp4_linear",
     "pad_token_groups",
     "permute",

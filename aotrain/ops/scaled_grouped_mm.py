@@ -21,13 +21,15 @@ import torch
 from aotrain.formats import ScaledTensor, Scaling
 from aotrain.kernels import scaled_cast
 from aotrain.kernels.grouped_cast import grouped_cast, grouped_cast_both, grouped_cast_gap, grouped_cast_t
-from aotrain.kernels.groups import GroupLayout, group_layout, group_sum, row_groups
+from aotrain.kernels.groups import GroupLayout, group_layout
 from aotrain.kernels.scaled_grouped_mm import (
     grouped_mm,
     grouped_mm_contracted,
     scaled_grouped_mm_contracted,
 )
 from aotrain.kernels.scaled_grouped_mm import scaled_grouped_mm as scaled_product
+from aotrain.ops.grouped_operands import bias_gradient, bias_of_rows, check_grouped
+from aotrain.ops.nvfp4_grouped_mm import Nvfp4Method, nvfp4_grouped_mm
 from aotrain.recipes import LinearRecipe
 
 # Columns that hardware wants a group of a transposed 8-bit operand to start at a multiple of: 16 bytes.
@@ -44,7 +46,7 @@ def scaled_grouped_mm(
     x: torch.Tensor,
     weight: torch.Tensor,
     offsets: torch.Tensor,
-    recipe: LinearRecipe,
+    recipe: LinearRecipe | Nvfp4Method,
     *,
     bias: torch.Tensor | None = None,
     emulate: bool = False,
@@ -57,7 +59,8 @@ def scaled_grouped_mm(
         x: [M, K], float32, bfloat16 or float16, rows sorted by group.
         weight: [E, K, N], any of these dtypes and any strides: fast for the transposed view of an [E, N, K] parameter.
         offsets: int32 [E] on x's device: the row after the last of each group, in order, the last one at most M.
-        recipe: formats of the three products, the same as for linear layers.
+        recipe: formats of the three products, the same as for linear layers; or an `Nvfp4Method`, for which see
+            `aotrain.ops.nvfp4_grouped_mm`.
         bias: None, [N], or [E, N] for one per group; added in the output's dtype.
         emulate: compute low-precision products in bfloat16 arithmetic even on hardware that has them.
 
@@ -73,32 +76,14 @@ def scaled_grouped_mm(
         TypeError: offsets that are not int32.
         RuntimeError: a GPU without the product and emulate=False.
     """
-    _check(x, weight, offsets, bias)
+    if isinstance(recipe, Nvfp4Method):
+        return nvfp4_grouped_mm(x, weight, offsets, recipe, bias=bias)
+    check_grouped(x, weight, offsets, bias)
     _check_recipe(recipe)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     layout = group_layout(offsets, x.shape[0], _alignment(recipe))
     return cast(torch.Tensor, _ScaledGroupedMM.apply(x, weight, bias, *layout[:2], _Options(recipe, emulate)))
-
-
-def _check(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, bias: torch.Tensor | None) -> None:
-    if x.dim() != 2 or weight.dim() != 3 or x.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"scaled_grouped_mm got x of shape {tuple(x.shape)} and weight of shape {tuple(weight.shape)}; want x "
-            "[M, K] and weight [E, K, N], for an [E, N, K] parameter its transposed view `weight.mT`."
-        )
-    if offsets.dtype != torch.int32:
-        raise TypeError(f"scaled_grouped_mm got offsets of {offsets.dtype}; want int32: offsets.to(torch.int32).")
-    if tuple(offsets.shape) != (weight.shape[0],) or offsets.device != x.device:
-        raise ValueError(
-            f"scaled_grouped_mm got offsets of shape {tuple(offsets.shape)} on {offsets.device}; want the end offset "
-            f"of each of the {weight.shape[0]} groups, on {x.device}."
-        )
-    if bias is not None and tuple(bias.shape) not in ((weight.shape[2],), (weight.shape[0], weight.shape[2])):
-        raise ValueError(
-            f"scaled_grouped_mm got bias of shape {tuple(bias.shape)}; want ({weight.shape[2]},), or "
-            f"({weight.shape[0]}, {weight.shape[2]}) for one per group."
-        )
 
 
 def _check_recipe(recipe: LinearRecipe) -> None:
@@ -139,13 +124,13 @@ class _ScaledGroupedMM(torch.autograd.Function):
             y = scaled_product(x_q, w_q, layout, x.dtype, fast_accum=gemm.fast_accum, emulate=options.emulate)
         if bias is not None:
             # Not in place: Dynamo of torch 2.11 then drops all gradients of the function, without a word.
-            y = y + _bias_of_rows(bias.to(y.dtype), layout)
+            y = y + bias_of_rows(bias.to(y.dtype), layout)
         ctx.save_for_backward(
             *(x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None),
             *(ends, padded_ends),
         )
         ctx.options, ctx.dtypes = options, (x.dtype, weight.dtype)
-        ctx.bias = None if bias is None else (bias.dim(), bias.dtype)
+        ctx.bias = None if bias is None else (bias.dim() == 2, bias.dtype)
         return y
 
     @staticmethod
@@ -181,9 +166,7 @@ class _ScaledGroupedMM(torch.autograd.Function):
                 )
             grad_weight = grad_weight.mT  # [E, N, K] -> [E, K, N]
         if ctx.needs_input_grad[2]:
-            dim, dtype = ctx.bias
-            grad_bias = group_sum(grad, ends if dim == 2 else ends[-1:]).to(dtype)
-            grad_bias = grad_bias if dim == 2 else grad_bias.sum(0)  # of no group: zeros
+            grad_bias = bias_gradient(grad, ends, *ctx.bias)
         return grad_input, grad_weight, grad_bias, None, None, None
 
 
@@ -203,9 +186,3 @@ def _alignment(recipe: LinearRecipe) -> int:
     """Columns that a group of a transposed operand of grad_weight takes a multiple of: 16 bytes, and whole blocks."""
     scalings = (recipe.grad_weight.lhs, recipe.grad_weight.rhs)
     return max(_ALIGN, *(0 if scaling is None else scaling.block[1] for scaling in scalings))
-
-
-def _bias_of_rows(bias: torch.Tensor, layout: GroupLayout) -> torch.Tensor:
-    """[M, N]: the bias of each row's group, zeros for rows that belong to none."""
-    table = bias.expand(layout.ends.shape[0], bias.shape[-1])
-    return torch.cat([table, table.new_zeros(1, table.shape[1])]).index_select(0, row_groups(layout.ends, layout.rows))
