@@ -13,7 +13,7 @@ columns with padding, takes 16 bits of index r * C + c: what other groups hold, 
 What belongs to no group, rows after the last one and columns of empty ones, has codes of zero and the smallest scale.
 
 On CPU this is a loop over groups. On a GPU nothing waits for the offsets: maxima and keys of all groups are gathered by
-integer atomics, in plain PyTorch so far.
+integer atomics.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from aotrain.formats import BLOCKWISE_1X16, FLOAT8_E4M3, hadamard_transform, pac
 from aotrain.formats.nvfp4 import nvfp4_global_scale
 from aotrain.formats.random import seed_word
 from aotrain.formats.scaling import Block
-from aotrain.kernels._dispatch import warn_slow
+from aotrain.kernels._dispatch import MIN_CAPABILITY, triton_problem, warn_slow
 from aotrain.kernels._library import LIBRARY
 from aotrain.kernels.grouped_cast import pad_groups
 from aotrain.kernels.groups import GroupLayout, group_bounds, padded_rows, row_groups
@@ -126,10 +126,31 @@ def _cuda(
     signs: Sequence[int],
     seed: int | None,
 ) -> Outputs:
-    """The same bits without waiting for the offsets. Tests call it with CPU tensors."""
+    """The Triton kernels. Tests call it with CPU tensors under Triton's interpreter."""
     if x_hp.numel() == 0 or ends.numel() == 0:
         return _zeros(x_hp, ends, as_is, transposed)
-    warn_slow("nvfp4_grouped_cast", "there is no fused kernel for groups")
+    reason = triton_problem(x_hp.device, MIN_CAPABILITY)
+    if reason is not None:
+        warn_slow("nvfp4_grouped_cast", reason)
+        return _without_kernel(x_hp, ends, padded_ends, as_is, transposed, signs, seed)
+    from aotrain.kernels.triton.nvfp4_grouped_cast import cast_groups
+
+    outputs = _fake(x_hp, ends, padded_ends, as_is, transposed, signs, seed)
+    operands = (outputs[:3] if as_is else None, outputs[3:] if transposed else None)
+    cast_groups(x_hp, ends, padded_ends, *operands, signs, seed)
+    return outputs
+
+
+def _without_kernel(
+    x_hp: torch.Tensor,
+    ends: torch.Tensor,
+    padded_ends: torch.Tensor,
+    as_is: bool,
+    transposed: bool,
+    signs: Sequence[int],
+    seed: int | None,
+) -> Outputs:
+    """The same bits in plain PyTorch, without waiting for the offsets either. Not for tensors without elements."""
     num_groups, rows = ends.shape[0], x_hp.shape[0]
     group = row_groups(ends, rows)
     x = x_hp.float().masked_fill((group == num_groups).unsqueeze(1), 0)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from aotrain.kernels.triton import nvfp4_cast as kernels
+from aotrain.kernels.triton import nvfp4_grouped_cast as grouped
 
 
 def variants() -> Iterator[dict[str, Any]]:
@@ -24,6 +25,13 @@ def variants() -> Iterator[dict[str, Any]]:
     yield _across("fp32", "1x16-transform-stochastic")
     yield _across("bf16", "1x16-transform-stochastic-blocked")
     yield _across("bf16", "1x16-transform-ragged")
+    yield _grouped_measure("bf16", True, False, False)
+    yield _grouped_measure("bf16", True, True, True)
+    yield _grouped_along("bf16", "nearest")
+    yield _grouped_along("bf16", "stochastic")
+    yield _grouped_across("bf16", "transform")
+    yield _grouped_across("bf16", "transform-stochastic")
+    yield _grouped_across("fp32", "stochastic")
 
 
 def _measure(dtype: str, plain: bool, transform: bool, checksum: bool) -> dict[str, Any]:
@@ -69,6 +77,53 @@ def _across(dtype: str, kind: str) -> dict[str, Any]:
     )
 
 
+def _grouped_measure(dtype: str, plain: bool, transform: bool, checksum: bool) -> dict[str, Any]:
+    block_g, block_k, num_warps = kernels.ACROSS_TILE
+    flags = {"PLAIN": plain, "TRANSFORM": transform, "CHECKSUM": checksum}
+    return _fields(
+        "nvfp4_grouped_measure",
+        f"{dtype}-{'-'.join(name.lower() for name, on in flags.items() if on)}",
+        grouped._nvfp4_grouped_measure_kernel,
+        {"x_ptr": f"*{dtype}", "measures_ptr": "*i64", **_BLOCK_TABLES},
+        {"K": "i32", "stride_m": "i32"},
+        {"num_blocks": "i32", "negative": "i32"},
+        {**flags, "stride_k": 1, "BLOCK_G": block_g, "BLOCK_K": block_k},
+        num_warps,
+    )
+
+
+def _grouped_along(dtype: str, kind: str) -> dict[str, Any]:
+    block_r, block_c, num_warps = kernels.ALONG_TILE
+    tables = {"level_ptr": "*fp32", "measures_ptr": "*i64", "row_group_ptr": "*i64", "bounds_ptr": "*i64"}
+    return _fields(
+        "nvfp4_grouped_along",
+        f"{dtype}-{kind}",
+        grouped._nvfp4_grouped_along_kernel,
+        {"x_ptr": f"*{dtype}", "data_ptr": "*u8", "scale_ptr": "*u8", **tables},
+        {"K": "i32", "P": "i32", "stride_m": "i32"},
+        {"num_groups": "i32", "M": "i32", "seed_word": "i64"},
+        {"STOCHASTIC": kind == "stochastic", "stride_k": 1, "BLOCK_R": block_r, "BLOCK_C": block_c},
+        num_warps,
+    )
+
+
+def _grouped_across(dtype: str, kind: str) -> dict[str, Any]:
+    block_g, block_r, num_warps = kernels.ACROSS_TILE
+    tables = {"level_ptr": "*fp32", "measures_ptr": "*i64", **_BLOCK_TABLES}
+    flags = {"TRANSFORM": "transform" in kind, "STOCHASTIC": "stochastic" in kind}
+    return _fields(
+        "nvfp4_grouped_across",
+        f"{dtype}-{kind}",
+        grouped._nvfp4_grouped_across_kernel,
+        {"x_ptr": f"*{dtype}", "data_ptr": "*i64", "scale_ptr": "*u8", **tables},
+        {"K": "i32", "stride_m": "i32"},
+        {"num_blocks": "i32", "seed_word": "i64", "negative": "i32"},
+        {**flags, "stride_k": 1, "BLOCK_G": block_g, "BLOCK_R": block_r},
+        num_warps,
+    )
+
+
+_BLOCK_TABLES = {"block_group_ptr": "*i64", "bounds_ptr": "*i64", "padded_bounds_ptr": "*i64"}
 _OUTPUTS = {"scale_ptr": "*u8", "global_ptr": "*fp32", "measures_ptr": "*i64"}
 _SIZES = {"R": "i32", "C": "i32"}
 
