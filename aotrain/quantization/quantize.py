@@ -93,9 +93,7 @@ def _linear_layers_and_experts(
 
 @register_quantize_handler(MXLinearConfig)
 @register_quantize_handler(NVFP4TrainingConfig)
-def _mx_training(
-    model: torch.nn.Module, config: MXLinearConfig | NVFP4TrainingConfig, filter_fn: ModuleFilter
-) -> None:
+def _mx_training(model: torch.nn.Module, config: MXLinearConfig | NVFP4TrainingConfig, filter_fn: ModuleFilter) -> None:
     convert_to_mx_training(_not_a_linear(model), config, module_filter_fn=_inside_of(model, filter_fn))
 
 
