@@ -126,6 +126,7 @@ PUBLIC = {
         "check_save_for_backward",
         "dequantize_rows",
         "generate_permute_indices",
+        "grouped_recipe",
         "nvfp4_grouped_mm",
         "nvfp4_linear",
         "pad_token_groups",

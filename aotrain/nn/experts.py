@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from aotrain.nn.grouped_mm_mode import GroupedMMInterception, find_grouped_mms
+from aotrain.ops import Nvfp4Method
 from aotrain.recipes import LinearRecipe
 
 _SCALING = "_aotrain_expert_scaling"
@@ -33,7 +34,7 @@ class ExpertScaling:
         fqn: name at conversion, for messages.
     """
 
-    recipe: LinearRecipe
+    recipe: LinearRecipe | Nvfp4Method
     emulate: bool = False
     fqn: str = ""
 
@@ -81,8 +82,9 @@ def _low_precision_class(cls: type[torch.nn.Module]) -> type[torch.nn.Module]:
         return _run(self, cls.forward, args, kwargs)
 
     def extra_repr(self: torch.nn.Module) -> str:
-        output = self.__dict__[_SCALING].recipe.output
-        return ", ".join(filter(None, [cls.extra_repr(self), f"output=({output})"]))
+        recipe = self.__dict__[_SCALING].recipe
+        described = f"output=({recipe.output})" if isinstance(recipe, LinearRecipe) else str(recipe)
+        return ", ".join(filter(None, [cls.extra_repr(self), described]))
 
     def reduce(self: torch.nn.Module, protocol: Any) -> tuple[Any, ...]:
         _, _, *state = cls.__reduce_ex__(self, max(protocol, 2))

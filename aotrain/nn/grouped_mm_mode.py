@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from aotrain.ops import scaled_grouped_mm
+from aotrain.ops import Nvfp4Method, scaled_grouped_mm
 from aotrain.recipes import LinearRecipe
 
 # Functions that multiply groups of rows. torch.nn.functional.grouped_mm calls the first one.
@@ -55,7 +55,7 @@ class GroupedMMInterception(TorchFunctionMode):
     def __init__(
         self,
         weights: Iterable[torch.Tensor],
-        recipe: LinearRecipe,
+        recipe: LinearRecipe | Nvfp4Method,
         *,
         inputs: Iterable[Any] = (),
         emulate: bool = False,

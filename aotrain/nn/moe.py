@@ -14,16 +14,17 @@ import torch
 from aotrain.nn.experts import ExpertScaling, expert_scaling, expert_weights, scale_experts
 from aotrain.nn.filters import ModuleFilter
 from aotrain.nn.report import Report, ReportRow, attach_report
-from aotrain.recipes import LinearRecipe, get_recipe
+from aotrain.ops import Nvfp4Method, grouped_recipe
+from aotrain.recipes import LinearRecipe
 
 logger = logging.getLogger(__name__)
 
 
 @runtime_checkable
 class RecipeConfig(Protocol):
-    """A configuration object that means a `LinearRecipe`; an attribute `emulate` is respected."""
+    """A configuration object that means a recipe; an attribute `emulate` is respected."""
 
-    def to_recipe(self) -> LinearRecipe:
+    def to_recipe(self) -> LinearRecipe | Nvfp4Method:
         """The recipe it means."""
         ...
 
@@ -44,8 +45,9 @@ def convert_moe_training(
 
     Args:
         module: the model, on any device, meta included.
-        recipe: a name in `aotrain.recipes.RECIPES`, a `LinearRecipe`, or a configuration object with `to_recipe()`,
-            such as `Float8LinearConfig`. The same formats as of a linear layer, for every expert by itself.
+        recipe: a name in `aotrain.recipes.RECIPES` or "nvfp4", a `LinearRecipe`, or a configuration object with
+            `to_recipe()`, such as `Float8LinearConfig` and `NVFP4TrainingConfig`. The same formats as of a linear
+            layer, for every expert by itself; mxfp4 is not for groups of rows.
         module_filter_fn: `(module, dotted name) -> bool`, which of the modules with 3-D parameters to convert; default
             all, but those of torch.nn (convolutions) and those whose first dimension is always 1 (position embeddings).
         emulate: compute in bfloat16 arithmetic with the recipe's numerics, on hardware without it. CPU always emulates.
@@ -80,7 +82,7 @@ def convert_moe_training(
 def _scaling_of(recipe: str | LinearRecipe | RecipeConfig, emulate: bool) -> tuple[str, ExpertScaling]:
     """How to name it, and what it is."""
     if isinstance(recipe, str):
-        return recipe, ExpertScaling(recipe=get_recipe(recipe), emulate=emulate)
+        return recipe, ExpertScaling(recipe=grouped_recipe(recipe), emulate=emulate)
     if isinstance(recipe, LinearRecipe):
         return f"output=({recipe.output})", ExpertScaling(recipe=recipe, emulate=emulate)
     if isinstance(recipe, RecipeConfig):

@@ -20,7 +20,7 @@ from aotrain.ops.quantized_all_to_all import (
     dequantize_rows,
     permute_quantized,
 )
-from aotrain.ops.scaled_grouped_mm import scaled_grouped_mm
+from aotrain.ops.scaled_grouped_mm import grouped_recipe, scaled_grouped_mm
 from aotrain.ops.scaled_linear import (
     OperandCasts,
     QuantizedWeight,
@@ -49,6 +49,7 @@ __all__ = [
     "check_save_for_backward",
     "dequantize_rows",
     "generate_permute_indices",
+    "grouped_recipe",
     "nvfp4_grouped_mm",
     "nvfp4_linear",
     "pad_token_groups",

@@ -30,7 +30,7 @@ from aotrain.kernels.scaled_grouped_mm import (
 from aotrain.kernels.scaled_grouped_mm import scaled_grouped_mm as scaled_product
 from aotrain.ops.grouped_operands import bias_gradient, bias_of_rows, check_grouped
 from aotrain.ops.nvfp4_grouped_mm import Nvfp4Method, nvfp4_grouped_mm
-from aotrain.recipes import LinearRecipe
+from aotrain.recipes import LinearRecipe, get_recipe
 
 # Columns that hardware wants a group of a transposed 8-bit operand to start at a multiple of: 16 bytes.
 _ALIGN = 16
@@ -40,6 +40,19 @@ _ALIGN = 16
 class _Options:
     recipe: LinearRecipe
     emulate: bool
+
+
+def grouped_recipe(name: str) -> LinearRecipe | Nvfp4Method:
+    """What `scaled_grouped_mm` takes, by a name or alias of `aotrain.recipes.RECIPES` or "nvfp4".
+
+    Raises:
+        ValueError: unknown name, or a recipe that groups cannot have.
+    """
+    if name == "nvfp4":
+        return Nvfp4Method()
+    recipe = get_recipe(name)
+    _check_recipe(recipe)
+    return recipe
 
 
 def scaled_grouped_mm(

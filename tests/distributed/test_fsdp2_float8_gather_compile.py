@@ -10,8 +10,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from aotrain.nn import Float8LinearConfig, convert_to_float8_training
+from aotrain.nn.float8_config import FLOAT8_LINEAR_RECIPES
 from aotrain.nn.fsdp_weight import FsdpWeight
-from aotrain.recipes import RECIPES
 from aotrain.testing import assert_bitwise_equal
 from tests.distributed.ranks import run_ranks
 
@@ -77,7 +77,7 @@ def assert_same(got: list[torch.Tensor], want: list[torch.Tensor], what: str) ->
 
 def like_eager(rank: int, world_size: int) -> None:
     torch._dynamo.config.error_on_recompile = True
-    cases: list[tuple[str, dict[str, Any], dict[str, Any]]] = [(recipe, {}, {}) for recipe in RECIPES]
+    cases: list[tuple[str, dict[str, Any], dict[str, Any]]] = [(recipe, {}, {}) for recipe in FLOAT8_LINEAR_RECIPES]
     for recipe in (TWO_PLANES, ONE_PLANE):
         cases.append((recipe, {}, {"reshard_after_forward": False}))
         # Backward repeats a forward, whose codes are not those that are gathered for backward.

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from aotrain.nn import (
     Float8Linear,
     Float8LinearConfig,
+    NVFP4TrainingConfig,
     conversion_report,
     convert_moe_training,
     convert_to_float8_training,
@@ -21,7 +22,8 @@ from aotrain.nn import (
 )
 from aotrain.nn.experts import expert_scaling
 from aotrain.nn.grouped_mm_mode import GroupedMMInterception
-from aotrain.ops import scaled_grouped_mm
+from aotrain.ops import nvfp4_grouped_mm, scaled_grouped_mm
+from aotrain.ops.nvfp4_linear import DEFAULT_SIGNS
 from aotrain.recipes import get_recipe
 from aotrain.testing import assert_bitwise_equal
 from tests.nn.experts import BiasedExperts, Experts, ListedExperts, LoopedExperts, MoE, rows
@@ -212,7 +214,7 @@ def test_unconvert_restores_both_kinds_of_layers():
     assert type(model.experts) is Experts
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
     assert_same(train_once(model, x), want)
-    with pytest.raises(ValueError, match=r"no Float8Linear and no converted experts"):
+    with pytest.raises(ValueError, match=r"no Float8Linear, MXLinear or NVFP4Linear and no converted experts"):
         unconvert(model)
 
 
@@ -403,6 +405,24 @@ def test_distributed_tensors_in_the_product_are_refused():
     mode = GroupedMMInterception([weight], get_recipe("rowwise"))
     with pytest.raises(ValueError, match=r"got a DTensor; want the tensors of this rank"), mode:
         torch._grouped_mm(x, weight, offs=offs)
+
+
+@pytest.mark.parametrize("recipe", ["nvfp4", NVFP4TrainingConfig(rht_sign_vector=DEFAULT_SIGNS)])
+def test_experts_in_nvfp4_are_those_of_its_grouped_product(recipe):
+    torch.manual_seed(0)
+    experts = Experts()
+    x, offs = rows()
+    x = x.bfloat16().requires_grad_()
+    hidden = nvfp4_grouped_mm(x, experts.up.bfloat16().mT, offs).relu()
+    want = nvfp4_grouped_mm(hidden, experts.down.bfloat16().mT, offs)
+    convert_moe_training(experts, recipe)
+    assert_bitwise_equal(experts(x, offs), want)
+    assert "nvfp4" in repr(experts)
+
+
+def test_a_recipe_that_groups_cannot_have_is_refused_at_once():
+    with pytest.raises(ValueError, match="groups of rows cannot"):
+        convert_moe_training(Experts(), "mxfp4")
 
 
 @pytest.mark.gpu

@@ -21,7 +21,7 @@ from aotrain.integrations.torchtitan.experts import experts_class, experts_confi
 from aotrain.integrations.torchtitan.linear import check_recipe, float8_linear_config
 from aotrain.nn import Report, ReportRow
 from aotrain.nn.skips import matches_skip
-from aotrain.recipes import get_recipe
+from aotrain.ops import grouped_recipe
 
 log = logging.getLogger("aotrain.pretrain")
 
@@ -38,7 +38,7 @@ class Float8Converter(QuantizationConverter):
         """Of linear layers: a name in ``aotrain.recipes.RECIPES``, or nvfp4; None leaves them alone."""
 
         experts: str | None = None
-        """Of the experts of MoE layers, a name in ``aotrain.recipes.RECIPES``; likewise."""
+        """Of the experts of MoE layers, likewise."""
 
         skip: list[str] = field(default_factory=lambda: ["lm_head"])
         """Layers to leave alone: globs over the dotted name, or any part of it."""
@@ -55,7 +55,7 @@ class Float8Converter(QuantizationConverter):
         if config.recipe is not None:
             check_recipe(config.recipe)
         if config.experts is not None:
-            get_recipe(config.experts)
+            grouped_recipe(config.experts)
         self.config = config
         # Of the last conversion.
         self.report: Report | None = None

@@ -16,8 +16,7 @@ import torch
 from torchtitan.config.override import derive
 from torchtitan.models.common.moe import GroupedExperts
 
-from aotrain.ops import scaled_grouped_mm
-from aotrain.recipes import get_recipe
+from aotrain.ops import grouped_recipe, scaled_grouped_mm
 
 
 def experts_config(config: GroupedExperts.Config, *, recipe: str, emulate: bool = False) -> GroupedExperts.Config:
@@ -26,7 +25,7 @@ def experts_config(config: GroupedExperts.Config, *, recipe: str, emulate: bool 
     Raises:
         ValueError: unknown recipe, or experts that do not multiply through torchtitan's ``_grouped_mm``.
     """
-    get_recipe(recipe)
+    grouped_recipe(recipe)
     parent = experts_class(config)
     if not multiplies_plainly(config):
         raise ValueError(f"cannot replace {parent.__qualname__}: it multiplies in a way of its own; leave it out")
@@ -53,14 +52,14 @@ def low_precision_experts(parent: type[GroupedExperts]) -> Any:
         @dataclass(kw_only=True, slots=True)
         class Config(base.Config):
             recipe: str = "float8_rowwise"
-            """A name in ``aotrain.recipes.RECIPES``."""
+            """A name in ``aotrain.recipes.RECIPES``, or nvfp4."""
 
             emulate: bool = False
             """Round to the recipe's values but multiply in high precision."""
 
         def __init__(self, config: Any) -> None:
             base.__init__(self, config)
-            self.recipe = get_recipe(config.recipe)
+            self.recipe = grouped_recipe(config.recipe)
             self.emulate = config.emulate
 
         def _grouped_mm(self, *, A: torch.Tensor, B_t: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:

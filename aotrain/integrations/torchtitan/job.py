@@ -64,7 +64,7 @@ RecipeName = Literal[
     "mxfp4",
     "nvfp4",
 ]
-# Casts of groups of rows round to nearest.
+# mxfp4 is not for groups of rows.
 ExpertsRecipeName = Literal[
     "float8_tensorwise",
     "float8_rowwise",
@@ -73,6 +73,7 @@ ExpertsRecipeName = Literal[
     "int8_rowwise",
     "mxfp8",
     "mxfp8_gw_hp",
+    "nvfp4",
 ]
 
 
