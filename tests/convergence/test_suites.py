@@ -1,10 +1,15 @@
 """Training on real text ends where the high-precision twin ends, within the bounds of `benchmarks.convergence`."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
+from aotrain.integrations.torchtitan.job import load_job
 from benchmarks.convergence import SUITES, compare
+from benchmarks.run import ROOT
+
+JOBS = ROOT / "configs" / "pretrain"
 
 
 @pytest.mark.slow
@@ -16,8 +21,17 @@ def test_ends_within_its_bounds_of_the_baseline(suite: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("suite", SUITES)
-def test_the_suites_run(suite: str, tmp_path: Path):
-    """Three steps of each run: that the job files and keys are right, not where they end."""
+def test_every_run_is_a_valid_job(suite: str):
+    one = SUITES[suite]
+    for value in (one.baseline, *one.bounds):
+        load_job(JOBS / one.job, [f"{key}={text}" for key, text in {**one.overrides, one.key: value}.items()])
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_a_suite_runs(suite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Three steps of the baseline and of one other run, to see that they are compared, not where they end."""
+    value, bound = next(iter(SUITES[suite].bounds.items()))
+    monkeypatch.setitem(SUITES, suite, dataclasses.replace(SUITES[suite], bounds={value: bound}))
     rows = compare(suite, tmp_path, steps=3, overrides={"validation.steps": "1", "data.global_batch_size": "2"})
-    assert [row["run"] for row in rows] == [SUITES[suite].baseline, *SUITES[suite].bounds]
+    assert [row["run"] for row in rows] == [SUITES[suite].baseline, value]
     assert all(2.0 < row["validation_loss"] < 7.0 for row in rows)
