@@ -295,6 +295,8 @@ def _kernel_gap(
 def pad_groups(x: torch.Tensor, ends: torch.Tensor, padded_ends: torch.Tensor, align: int) -> torch.Tensor:
     """[padded_rows, K]: every group at its padded place, zeros elsewhere. Waits for nothing."""
     rows = padded_rows(x.shape[0], ends.shape[0], align)
+    if x.shape[0] == 0:
+        return x.new_zeros((rows, x.shape[1]))
     group = row_groups(padded_ends, rows)
     zero = ends.new_zeros(1)
     # One past the last group, whose rows are all beyond its end.
@@ -303,7 +305,7 @@ def pad_groups(x: torch.Tensor, ends: torch.Tensor, padded_ends: torch.Tensor, a
     )
     source = torch.arange(rows, dtype=ends.dtype, device=x.device) - padded_first + first
     inside = source < last
-    return x.index_select(0, source.clamp_(max=max(0, x.shape[0] - 1))).masked_fill_(~inside.unsqueeze(1), 0)
+    return x.index_select(0, source.clamp_(max=x.shape[0] - 1)).masked_fill_(~inside.unsqueeze(1), 0)
 
 
 for _name, _implementation, _cuda_implementation, _fake_implementation in (
