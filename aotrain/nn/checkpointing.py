@@ -13,14 +13,16 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-import aotrain.kernels.scaled_grouped_mm  # noqa: F401  registers torch.ops.aotrain
+import aotrain.kernels.nvfp4_grouped_mm  # registers torch.ops.aotrain
+import aotrain.kernels.scaled_grouped_mm  # noqa: F401
 
 _aten = torch.ops.aten
 _PRODUCTS = (
     *(torch.ops.aotrain.scaled_mm.default, torch.ops.aotrain.mx_mm.default, torch.ops.aotrain.nvfp4_mm.default),
     *(_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default, _aten.linear.default),
     *(_aten._scaled_mm.default, _aten._int_mm.default),
-    *(torch.ops.aotrain.scaled_grouped_mm.default, torch.ops.aotrain.grouped_mm.default, _aten._grouped_mm.default),
+    *(torch.ops.aotrain.scaled_grouped_mm.default, torch.ops.aotrain.nvfp4_grouped_mm.default),
+    *(torch.ops.aotrain.grouped_mm.default, _aten._grouped_mm.default),
 )
 _ATTENTION = tuple(
     getattr(_aten, name).default

@@ -100,12 +100,18 @@ def test_a_number_of_products_below_one():
         save_products(0)
 
 
-@pytest.mark.parametrize("converted", [True, False])
-def test_grouped_products_of_experts_are_kept(converted: bool):
+@pytest.mark.parametrize(
+    ("recipe", "product"),
+    [
+        (None, "aten._grouped_mm.default"),
+        ("float8_rowwise", "aotrain.scaled_grouped_mm.default"),
+        ("nvfp4", "aotrain.nvfp4_grouped_mm.default"),
+    ],
+)
+def test_grouped_products_of_experts_are_kept(recipe: str | None, product: str):
     experts, (x, offs) = Experts(), rows()
-    if converted:
-        convert_moe_training(experts)
-    product = "aotrain.scaled_grouped_mm.default" if converted else "aten._grouped_mm.default"
+    if recipe is not None:
+        convert_moe_training(experts, recipe)
     results = []
     for context_fn in (None, save_products()):
         experts.zero_grad()
