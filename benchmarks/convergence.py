@@ -1,6 +1,6 @@
 """Train the same small model on real text in several formats and compare where they end.
 
-    python -m benchmarks.convergence optim [--out benchmarks/results] [--steps 1000]
+    python -m benchmarks.convergence optim [--out benchmarks/results] [--steps 1000] [--only adamw_8bit]
 
 Every run has the same model, data, seed and schedule; only one key of the job differs. Prints and appends to
 convergence.csv, per run: final validation loss, its distance from the baseline (the first run), the bound that the
@@ -14,7 +14,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,25 +112,33 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("suite", choices=sorted(SUITES))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results file")
     parser.add_argument("--steps", type=int, help="instead of the suite's number of steps")
+    parser.add_argument("--only", nargs="+", help="of the suite's runs, the baseline and these")
     options = parser.parse_args(arguments)
+    if unknown := set(options.only or ()) - set(SUITES[options.suite].bounds):
+        parser.error(f"--only got {', '.join(sorted(unknown))}; want some of {', '.join(SUITES[options.suite].bounds)}")
     command = shlex.join(
         ["python", "-m", "benchmarks.convergence", *(sys.argv[1:] if arguments is None else arguments)]
     )
     with tempfile.TemporaryDirectory() as folder:
-        rows = compare(options.suite, Path(folder), options.steps)
+        rows = compare(options.suite, Path(folder), options.steps, only=options.only)
     append_rows(options.out / "convergence.csv", [row | {"command": command} for row in rows], COLUMNS)
     return 1 if any(row["percent"] > row["bound_percent"] for row in rows) else 0
 
 
 def compare(
-    suite_name: str, folder: Path, steps: int | None = None, overrides: Mapping[str, str] | None = None
+    suite_name: str,
+    folder: Path,
+    steps: int | None = None,
+    overrides: Mapping[str, str] | None = None,
+    only: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
-    """Run a suite below a folder; returns one row per run, the baseline first."""
+    """Run a suite, or its baseline and `only` some runs, below a folder; one row per run, the baseline first."""
     suite = SUITES[suite_name]
     steps = steps or suite.steps
     where = environment(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     rows: list[dict[str, Any]] = []
-    for value, bound in {suite.baseline: 0.0, **suite.bounds}.items():
+    bounds = {value: bound for value, bound in suite.bounds.items() if only is None or value in only}
+    for value, bound in {suite.baseline: 0.0, **bounds}.items():
         loss = final_loss(suite, value, steps, folder / value, overrides or {})
         baseline = rows[0]["validation_loss"] if rows else loss
         rows.append(

@@ -1,4 +1,4 @@
-"""Importing aotrain is cheap and has no side effects. Times are of the CPU: a busy machine stretches those of a clock."""
+"""Importing aotrain is cheap and has no side effects. Times are of the CPU, which a busy machine does not stretch."""
 
 import json
 import os

@@ -1,12 +1,11 @@
 """Training on real text ends where the high-precision twin ends, within the bounds of `benchmarks.convergence`."""
 
-import dataclasses
 from pathlib import Path
 
 import pytest
 
 from aotrain.integrations.torchtitan.job import load_job
-from benchmarks.convergence import SUITES, compare
+from benchmarks.convergence import SUITES, compare, main
 from benchmarks.run import ROOT
 
 JOBS = ROOT / "configs" / "pretrain"
@@ -28,10 +27,16 @@ def test_every_run_is_a_valid_job(suite: str):
 
 
 @pytest.mark.parametrize("suite", SUITES)
-def test_a_suite_runs(suite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_suite_runs(suite: str, tmp_path: Path):
     """Three steps of the baseline and of one other run, to see that they are compared, not where they end."""
-    value, bound = next(iter(SUITES[suite].bounds.items()))
-    monkeypatch.setitem(SUITES, suite, dataclasses.replace(SUITES[suite], bounds={value: bound}))
-    rows = compare(suite, tmp_path, steps=3, overrides={"validation.steps": "1", "data.global_batch_size": "2"})
+    short = {"validation.steps": "1", "data.global_batch_size": "2"}
+    value = next(iter(SUITES[suite].bounds))
+    rows = compare(suite, tmp_path, steps=3, overrides=short, only=[value])
     assert [row["run"] for row in rows] == [SUITES[suite].baseline, value]
     assert all(2.0 < row["validation_loss"] < 7.0 for row in rows)
+
+
+def test_a_run_that_the_suite_does_not_have_is_an_error(capsys):
+    with pytest.raises(SystemExit):
+        main(["moe", "--only", "mxfp9"])
+    assert "--only got mxfp9; want some of float8_rowwise" in capsys.readouterr().err
