@@ -36,8 +36,12 @@ HEAVY = {
 
 
 def probe(module: str, use: str = "") -> dict:
-    """Import in a fresh interpreter, from another folder, so that the installed package is found."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    """Import in a fresh interpreter, from another folder, so that the installed package is found.
+
+    Byte code may be written, as for a user: the second import of three does not compile the sources.
+    """
+    hidden = ("TRITON_INTERPRET", "PYTHONDONTWRITEBYTECODE")
+    environment = {key: value for key, value in os.environ.items() if key not in hidden}
     script = PROBE.format(module=module, use=use)
     output = subprocess.run(
         [sys.executable, "-c", script], cwd="/", env=environment, capture_output=True, text=True, check=True
