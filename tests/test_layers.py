@@ -19,10 +19,17 @@ ALLOWED = {
     "ops": {"formats", "recipes", "kernels"},
     "nn": {"gpus", "formats", "recipes", "kernels", "ops"},
     "quantization": {"formats", "recipes", "kernels", "ops", "nn"},
+    "qat": {"formats", "recipes", "kernels", "ops", "nn", "quantization"},
+    "export": {"formats", "recipes", "kernels", "ops", "nn", "quantization"},
     "optim": {"formats", "kernels"},
     "testing": {"formats"},
-    "integrations": {"gpus", "formats", "recipes", "kernels", "ops", "nn", "optim"},
-    "cli": {"gpus", "formats", "recipes", "kernels", "ops", "nn", "optim", "integrations"},
+    "integrations": {
+        *("gpus", "formats", "recipes", "kernels", "ops", "nn", "optim", "quantization", "qat", "export"),
+    },
+    "cli": {
+        *("gpus", "formats", "recipes", "kernels", "ops", "nn", "optim", "quantization", "qat", "export"),
+        "integrations",
+    },
 }
 # Packages that only one folder may import.
 CONFINED = {

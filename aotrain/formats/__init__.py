@@ -7,6 +7,7 @@ One convention, everywhere: **a scale multiplies on dequantize**, `x ~= data * s
 quantization applies, is called `inv_scale`.
 """
 
+from aotrain.formats.affine import AffineFormat, AffineTensor, MappingType, ZeroPointDomain, integer_format
 from aotrain.formats.cast import ScaledTensor, dequantize, fake_quantize, quantize
 from aotrain.formats.decode import decode_elements
 from aotrain.formats.element import (
@@ -64,11 +65,15 @@ __all__ = [
     "ROWWISE",
     "SCALE_FORMATS",
     "TENSORWISE",
+    "AffineFormat",
+    "AffineTensor",
     "ElementFormat",
+    "MappingType",
     "Nvfp4Tensor",
     "ScaleFormat",
     "ScaledTensor",
     "Scaling",
+    "ZeroPointDomain",
     "blocked_size",
     "data_key",
     "decode_elements",
@@ -78,6 +83,7 @@ __all__ = [
     "from_blocked",
     "hadamard_signs",
     "hadamard_transform",
+    "integer_format",
     "inverse_hadamard_transform",
     "is_mx",
     "nvfp4_global_scale",

@@ -1,0 +1,44 @@
+"""NVFP4 as a scheme: e2m1 codes, an e4m3 scale per 16 elements of a row, a float32 scale per matrix."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from aotrain.formats import BLOCKWISE_1X16, Nvfp4Tensor, dequantize_nvfp4, quantize_nvfp4
+from aotrain.quantization.schemes.base import Encoded, TensorScheme
+
+
+@dataclass(frozen=True, slots=True)
+class Nvfp4Scheme(TensorScheme):
+    """NVFP4 in blocks of 1 x 16; the numbers are those of `formats.quantize_nvfp4`.
+
+    Attributes:
+        two_level: whether the matrix has a global scale of its own; without, it is 1.
+    """
+
+    two_level: bool = True
+
+    def encode(
+        self,
+        x: torch.Tensor,
+        *,
+        scale: torch.Tensor | None = None,
+        zero_point: torch.Tensor | None = None,
+        global_scale: torch.Tensor | None = None,
+    ) -> Encoded:
+        if zero_point is not None:
+            raise ValueError(f"{self} got a zero_point; it has none: leave it out.")
+        if global_scale is None and not self.two_level:
+            global_scale = torch.ones(1, device=x.device)
+        q = quantize_nvfp4(x.detach(), block=BLOCKWISE_1X16, scale=scale, global_scale=global_scale)
+        return Encoded(q.data, q.scale, global_scale=q.global_scale)
+
+    def decode(self, encoded: Encoded, dtype: torch.dtype) -> torch.Tensor:
+        assert encoded.global_scale is not None
+        return dequantize_nvfp4(Nvfp4Tensor(encoded.data, encoded.scale, encoded.global_scale, BLOCKWISE_1X16), dtype)
+
+    def problem(self, shape: Sequence[int]) -> str | None:
+        if len(shape) >= 2 and shape[-1] % BLOCKWISE_1X16[1] == 0:
+            return None
+        return f"the last dimension of {tuple(shape)} is no multiple of 16: leave this layer out"

@@ -1,0 +1,40 @@
+"""Floating-point schemes with one level of scales: float8 per row, per tensor or per block, and the MX formats."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from aotrain.formats import ScaledTensor, Scaling, dequantize, quantize
+from aotrain.kernels.scaled_cast import scaled_cast
+from aotrain.quantization.schemes.base import Encoded, TensorScheme, refuse_given
+
+
+@dataclass(frozen=True, slots=True)
+class ScaledScheme(TensorScheme):
+    """Elements with a scale per block; the numbers are those of `formats.quantize`, made by the same kernels.
+
+    Attributes:
+        scaling: element format, scale format and block shape. Blocks of one row go with any number of leading
+            dimensions; others take matrices, or stacks of them.
+    """
+
+    scaling: Scaling
+
+    def encode(
+        self,
+        x: torch.Tensor,
+        *,
+        scale: torch.Tensor | None = None,
+        zero_point: torch.Tensor | None = None,
+        global_scale: torch.Tensor | None = None,
+    ) -> Encoded:
+        refuse_given(self, zero_point=zero_point, global_scale=global_scale)
+        q = scaled_cast(x.detach(), self.scaling) if scale is None else quantize(x.detach(), self.scaling, scale=scale)
+        return Encoded(q.data, q.scale)
+
+    def decode(self, encoded: Encoded, dtype: torch.dtype) -> torch.Tensor:
+        return dequantize(ScaledTensor(encoded.data, encoded.scale, self.scaling), dtype)
+
+    def problem(self, shape: Sequence[int]) -> str | None:
+        return None if len(shape) >= 2 else f"{tuple(shape)} is no matrix"

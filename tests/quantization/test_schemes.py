@@ -1,0 +1,50 @@
+"""Schemes: what training sees is what the codes say, in every dtype; names; shapes that a scheme cannot take."""
+
+import pytest
+import torch
+
+from aotrain.quantization import SCHEMES, get_scheme
+from aotrain.quantization.schemes import AffineScheme
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", SCHEMES)
+def test_values_are_decoded_codes(name: str, dtype: torch.dtype):
+    x = torch.randn(128, 256, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for scheme in filter(None, (SCHEMES[name].weight, SCHEMES[name].activation)):
+        encoded = scheme.encode(x)
+        values = scheme.values(x)
+        assert values.dtype == dtype
+        assert torch.equal(values, scheme.decode(encoded, dtype))
+        assert encoded.data.shape == x.shape
+        assert (values - x).float().norm() < 0.5 * x.float().norm()
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_zeros_stay_zeros(name: str):
+    x = torch.zeros(128, 128)
+    assert torch.equal(SCHEMES[name].weight.values(x), x)
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEMES if isinstance(SCHEMES[name].weight, AffineScheme)])
+def test_training_in_float32_for_a_bfloat16_server(name: str):
+    """Codes and scales of the scheme decode to the same bfloat16 numbers that a float32 forward rounds to."""
+    scheme = get_scheme(name, scale_dtype=torch.bfloat16).weight
+    x = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    encoded = scheme.encode(x)
+    assert encoded.scale.dtype == torch.bfloat16
+    assert torch.equal(scheme.decode(encoded, torch.bfloat16), scheme.values(x).bfloat16())
+
+
+def test_an_unknown_name_is_an_error_that_names_the_nearest():
+    with pytest.raises(ValueError, match="got 'int4g32'; did you mean 'int4-g32'"):
+        get_scheme("int4g32")
+
+
+def test_shapes_that_a_scheme_cannot_take():
+    assert SCHEMES["int4-g32"].problem(8, 64) is None
+    assert "no multiple of the group size 32" in SCHEMES["int4-g32"].problem(8, 40)
+    assert "16" in SCHEMES["nvfp4"].problem(8, 40)
+    assert SCHEMES["int8"].problem(7, 13) is None
