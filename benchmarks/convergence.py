@@ -1,16 +1,20 @@
 """Train the same small model on real text in several formats and compare where they end.
 
-    python -m benchmarks.convergence optim [--out benchmarks/results] [--steps 1000] [--only adamw_8bit]
+    python -m benchmarks.convergence moe [--out benchmarks/results] [--steps 500] [--only mxfp8] [--seeds 0 1]
 
-Every run has the same model, data, seed and schedule; only one key of the job differs. Prints and appends to
-convergence.csv, per run: final validation loss, its distance from the baseline (the first run), the bound that the
-project holds itself to, and where it ran. Exits with an error when a run ends beyond its bound.
+Every run has the same model, data and schedule; only one key of the job differs, and the seed, which decides the
+initial weights, the order of the text and which held-out text is read. Prints and appends to convergence.csv, per run
+and seed: final validation loss, its distance from the baseline with that seed, the bound that the project holds itself
+to, and where it ran. The bound is for the mean over seeds, printed at the end with its standard error (of the paired
+differences). Exits with an error when the mean of a run is beyond its bound.
 """
 
 import argparse
 import datetime
 import json
+import math
 import shlex
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -24,8 +28,8 @@ import torch
 from benchmarks.run import ROOT, append_rows, environment
 
 COLUMNS = (
-    "date", "suite", "run", "steps", "validation_loss", "percent", "bound_percent", "hardware", "driver", "torch",
-    "triton", "commit", "command",
+    "date", "suite", "run", "seed", "steps", "validation_loss", "percent", "bound_percent", "hardware", "driver",
+    "torch", "triton", "commit", "command",
 )  # fmt: skip
 
 
@@ -38,8 +42,9 @@ class Suite:
         steps: optimizer steps of each run.
         key: the key that differs.
         baseline: its value in the run that the others are compared with.
-        bounds: other value -> by how many percent its final validation loss may exceed the baseline's.
+        bounds: other value -> by how many percent its final validation loss may exceed the baseline's, mean over seeds.
         overrides: further keys, the same for all runs.
+        seeds: values of training.seed; every run is made with each.
     """
 
     job: str
@@ -48,6 +53,28 @@ class Suite:
     baseline: str
     bounds: Mapping[str, float]
     overrides: Mapping[str, str]
+    seeds: tuple[int, ...] = (0,)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Distance:
+    """How far a run ends from the baseline over the same seeds.
+
+    Attributes:
+        run: its value of the suite's key.
+        seeds: how many.
+        loss: mean validation loss.
+        percent: mean difference from the baseline's loss, in percent of the baseline's mean loss.
+        standard_error: of ``percent``; nan with one seed.
+        bound: what ``percent`` may be.
+    """
+
+    run: str
+    seeds: int
+    loss: float
+    percent: float
+    standard_error: float
+    bound: float
 
 
 # A loss over 100k tokens; the checkpoints are not needed.
@@ -69,6 +96,8 @@ SUITES = {
         baseline="null",
         bounds={"float8_rowwise": 1.0, "float8_blockwise": 1.0, "mxfp8": 1.0},
         overrides=_COMMON,
+        # Routers turn small differences into other experts: one pair of runs says little.
+        seeds=(0, 1, 2),
     ),
     "float8": Suite(
         job="llama3_debug_bf16_cpu.yaml",
@@ -113,6 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results file")
     parser.add_argument("--steps", type=int, help="instead of the suite's number of steps")
     parser.add_argument("--only", nargs="+", help="of the suite's runs, the baseline and these")
+    parser.add_argument("--seeds", nargs="+", type=int, help="instead of the suite's")
     options = parser.parse_args(arguments)
     if unknown := set(options.only or ()) - set(SUITES[options.suite].bounds):
         parser.error(f"--only got {', '.join(sorted(unknown))}; want some of {', '.join(SUITES[options.suite].bounds)}")
@@ -120,9 +150,13 @@ def main(arguments: list[str] | None = None) -> int:
         ["python", "-m", "benchmarks.convergence", *(sys.argv[1:] if arguments is None else arguments)]
     )
     with tempfile.TemporaryDirectory() as folder:
-        rows = compare(options.suite, Path(folder), options.steps, only=options.only)
+        rows = compare(options.suite, Path(folder), options.steps, only=options.only, seeds=options.seeds)
     append_rows(options.out / "convergence.csv", [row | {"command": command} for row in rows], COLUMNS)
-    return 1 if any(row["percent"] > row["bound_percent"] for row in rows) else 0
+    ends = distances(rows)
+    for end in ends:
+        error = f"standard error {end.standard_error:.2f}" if end.seeds > 1 else "one seed"
+        print(f"{end.run:24} {end.loss:.4f} {end.percent:+.2f} % ({error}; bound {end.bound} %)")
+    return 1 if any(end.percent > end.bound for end in ends) else 0
 
 
 def compare(
@@ -131,30 +165,63 @@ def compare(
     steps: int | None = None,
     overrides: Mapping[str, str] | None = None,
     only: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> list[dict[str, Any]]:
-    """Run a suite, or its baseline and `only` some runs, below a folder; one row per run, the baseline first."""
+    """Run a suite, or its baseline and `only` some runs, below a folder.
+
+    One row per run and seed; of each seed the baseline first.
+    """
     suite = SUITES[suite_name]
     steps = steps or suite.steps
     where = environment(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     rows: list[dict[str, Any]] = []
     bounds = {value: bound for value, bound in suite.bounds.items() if only is None or value in only}
-    for value, bound in {suite.baseline: 0.0, **bounds}.items():
-        loss = final_loss(suite, value, steps, folder / value, overrides or {})
-        baseline = rows[0]["validation_loss"] if rows else loss
-        rows.append(
-            {
-                "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-                "suite": suite_name,
-                "run": value,
-                "steps": steps,
-                "validation_loss": loss,
-                "percent": round(100 * (loss / baseline - 1), 3),
-                "bound_percent": bound,
-                **where,
-            }
-        )
-        print(f"{value:24} {loss:.4f} {rows[-1]['percent']:+.2f} % (bound {bound} %)", flush=True)
+    for seed in suite.seeds if seeds is None else seeds:
+        baseline = math.nan
+        for value, bound in {suite.baseline: 0.0, **bounds}.items():
+            keys = {"training.seed": str(seed), **(overrides or {})}
+            loss = final_loss(suite, value, steps, folder / f"{value}-{seed}", keys)
+            baseline = loss if value == suite.baseline else baseline
+            rows.append(
+                {
+                    "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+                    "suite": suite_name,
+                    "run": value,
+                    "seed": seed,
+                    "steps": steps,
+                    "validation_loss": loss,
+                    "percent": round(100 * (loss / baseline - 1), 3),
+                    "bound_percent": bound,
+                    **where,
+                }
+            )
+            print(f"{value:24} seed {seed} {loss:.4f} {rows[-1]['percent']:+.2f} %", flush=True)
     return rows
+
+
+def distances(rows: Sequence[Mapping[str, Any]]) -> list[Distance]:
+    """Distance of each run of one comparison from its first, which has run with the same seeds."""
+    losses: dict[str, dict[int, float]] = {}
+    for row in rows:
+        losses.setdefault(row["run"], {})[row["seed"]] = row["validation_loss"]
+    baseline = losses[rows[0]["run"]]
+    percent_of = 100 / statistics.fmean(baseline.values())
+    bounds = {row["run"]: row["bound_percent"] for row in rows}
+    found = []
+    for run, by_seed in losses.items():
+        differences = [percent_of * (loss - baseline[seed]) for seed, loss in by_seed.items()]
+        several = len(differences) > 1
+        found.append(
+            Distance(
+                run=run,
+                seeds=len(differences),
+                loss=statistics.fmean(by_seed.values()),
+                percent=statistics.fmean(differences),
+                standard_error=statistics.stdev(differences) / math.sqrt(len(differences)) if several else math.nan,
+                bound=bounds[run],
+            )
+        )
+    return found
 
 
 def final_loss(suite: Suite, value: str, steps: int, folder: Path, overrides: Mapping[str, str]) -> float:

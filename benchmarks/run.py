@@ -164,9 +164,20 @@ def cpu_name() -> str:
 
 
 def append_rows(path: Path, rows: list[dict[str, Any]], columns: Sequence[str] = COLUMNS) -> None:
-    """Append rows to a CSV file, with its header when new."""
+    """Append rows to a CSV file, with its header when new.
+
+    Raises:
+        ValueError: the file has other columns; its rows have to be rewritten first.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
+    if not new:
+        with path.open(newline="") as file:
+            header = next(csv.reader(file), [])
+        if header != list(columns):
+            raise ValueError(
+                f"{path} got the columns {header}, want {list(columns)}; rewrite it, or give another --out"
+            )
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, columns)
         if new:
