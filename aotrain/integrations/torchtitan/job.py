@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,7 +16,8 @@ from pydantic import Field, field_validator
 
 from aotrain.integrations.config_file import Section, load_config
 from aotrain.integrations.optimizers import ALIASES as OPTIMIZER_ALIASES
-from aotrain.integrations.torchtitan.families import DEBUG, FAMILIES
+from aotrain.integrations.torchtitan.families import FAMILIES
+from aotrain.integrations.torchtitan.job_rules import LOCAL_DATASETS, broken_rules
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -26,9 +27,6 @@ _RECIPE_PREFIX = "float8_"
 
 # Other spellings of a key, so that a section of someone's existing file can be pasted.
 ALIASES = {"optim": "optimizer.name", "fp8.recipe_name": "precision.recipe"}
-
-# Built-in text needs no path; the others read what `data.path` names.
-_LOCAL_DATASETS = ("text", "json", "parquet")
 
 
 class Model(Section):
@@ -202,7 +200,7 @@ class Data(Section):
     @classmethod
     def _exists(cls, value: str | None, info: Any) -> str | None:
         dataset = info.data.get("dataset")
-        if value is None or dataset not in _LOCAL_DATASETS:
+        if value is None or dataset not in LOCAL_DATASETS:
             return value
         if not glob.glob(value, recursive=True):
             raise ValueError(f"no such file: {value!r} (looked from {Path.cwd()}); want a file, a folder or a glob")
@@ -333,64 +331,7 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> PretrainJob:
     Raises:
         ConfigError: naming every problem with file, line, key and remedy.
     """
-    job = load_config(path, PretrainJob, overrides, aliases=ALIASES, check=_check)
+    job = load_config(path, PretrainJob, overrides, aliases=ALIASES, check=broken_rules)
     if job.output_dir is None:
         job = job.model_copy(update={"output_dir": str(Path("runs") / Path(path).stem)})
     return job
-
-
-def _check(job: PretrainJob) -> Iterator[tuple[str, str]]:
-    """Rules that span several keys."""
-    data = job.data
-    if data.global_batch_size is None and data.batch_size is None:
-        yield "data.global_batch_size", "is missing; give it, or data.batch_size per rank"
-    if data.dataset in (*_LOCAL_DATASETS, "hub") and data.path is None:
-        yield "data.path", f"is missing; data.dataset {data.dataset!r} needs it"
-    if data.dataset in ("stdlib", "c4") and data.path is not None:
-        yield (
-            "data.path",
-            f"is given but data.dataset {data.dataset!r} does not read it; use text, json, parquet or hub",
-        )
-    if job.precision.emulate and not job.precision.recipes:
-        yield "precision.emulate", "is set but precision.recipe is null; name a recipe or remove it"
-    yield from _check_gathered(job)
-    yield from _check_experts(job)
-    if job.precision.recipe == "nvfp4" and job.parallelism.tp > 1:
-        yield (
-            "parallelism.tp",
-            f"got {job.parallelism.tp}, but nvfp4 layers cannot be split; want tp 1 (dp_shard splits the weights), or "
-            "precision.recipe mxfp8 or float8_rowwise",
-        )
-    if job.model.size == DEBUG and job.tokenizer != "byte":
-        yield "tokenizer", f"got {job.tokenizer!r}, but model.size debug has 320 tokens and fits only 'byte'"
-    looks_local = job.tokenizer.startswith((".", "/", "~"))
-    if looks_local and not Path(job.tokenizer).expanduser().is_dir():
-        yield "tokenizer", f"no such folder: {job.tokenizer!r}; want byte, a folder with tokenizer.json, or a hub id"
-    if job.optimizer.name == "adamw":
-        for key in ("bf16_stochastic_round", "bits"):
-            if getattr(job.optimizer, key):
-                yield f"optimizer.{key}", "is not offered by adamw; want optimizer.name adamw_8bit or another"
-
-
-def _check_gathered(job: PretrainJob) -> Iterator[tuple[str, str]]:
-    if not job.precision.fsdp_float8_all_gather:
-        return
-    recipe = job.precision.recipe
-    if recipe is None:
-        yield "precision.fsdp_float8_all_gather", "is set but precision.recipe is null; name a recipe or remove it"
-    elif recipe.startswith(("mx", "nv")):
-        yield "precision.fsdp_float8_all_gather", f"does not go with {recipe}, whose weights are gathered whole"
-
-
-def _check_experts(job: PretrainJob) -> Iterator[tuple[str, str]]:
-    layout = job.parallelism
-    if not FAMILIES[job.model.family].is_moe:
-        if job.precision.experts is not None:
-            yield "precision.experts", f"is set but {job.model.family} has no experts; name a recipe, or another family"
-        if layout.ep > 1:
-            yield "parallelism.ep", f"got {layout.ep}, but {job.model.family} has no experts; want 1"
-    elif layout.dp_shard > 0 and (layout.dp_shard * layout.tp) % layout.ep:
-        yield (
-            "parallelism.ep",
-            f"got {layout.ep}, want a divisor of dp_shard * tp, {layout.dp_shard * layout.tp} ranks",
-        )
