@@ -71,6 +71,17 @@ def test_quantizing_sent_values_again_loses_nothing() -> None:
     assert_bitwise_equal(dequantize(again), dequantize(sent))
 
 
+def test_quantizing_sent_values_along_the_rows_loses_nothing_that_is_normal() -> None:
+    x = torch.randn(4096, 32).bfloat16()
+    q = quantize(x, MXFP8_ROWS)
+    sent = dequantize(q, torch.bfloat16)
+    want, got = (quantize(values.t().contiguous(), MXFP8_ROWS) for values in (x, sent))
+    scales = torch.stack([q.scale.float().expand(-1, 32), want.scale.float().repeat_interleave(32, 1).t()])
+    normal = (x.float().abs() >= 2.0**-6 * scales).all(0)
+    assert 0.99 < normal.float().mean() < 1
+    assert_bitwise_equal(dequantize(got).t()[normal], dequantize(want).t()[normal])
+
+
 def test_payloads() -> None:
     assert PAYLOADS["mxfp8"] == Payload()
     assert Payload().dispatch == Payload().combine_grad == MXFP8_ROWS

@@ -118,6 +118,13 @@ def _model_spec(job: PretrainJob, device_type: str) -> ModelSpec:
             spec.model = converter.build().convert(spec.model)
         except ValueError as error:
             raise JobError(f"precision.{error}") from error
+    if job.precision.expert_dispatch is not None:
+        from aotrain.integrations.torchtitan.dispatcher import quantize_dispatch
+
+        try:
+            quantize_dispatch(spec.model, job.precision.expert_dispatch)
+        except ValueError as error:
+            raise JobError(f"precision.expert_dispatch: {error}") from error
     if device_type == "cpu":
         spec.parallelize_fn = with_plain_sum(spec.parallelize_fn)
         name_parameter_inits(spec.model, job.training.seed)

@@ -10,7 +10,8 @@ What is replaced in ``AllToAllTokenDispatcher`` (expert_parallel_comm_backend "s
 | weight and sum the outputs of a token  | torchtitan's                                                    |
 
 A collective without a payload in either direction is torchtitan's own, which does not wait for its result before the
-result is used. Plug it in with ``overrides.token_dispatcher``, or by ``dispatcher_config`` in a config tree.
+result is used. Plug it in with ``overrides.token_dispatcher``, by the job key ``precision.expert_dispatch``, or by
+``quantize_dispatch`` of a config tree.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torchtitan.models.common.token_dispatcher import (
     LocalDispatchMetadata,
     LocalTokenDispatcher,
 )
+from torchtitan.protocols.module import Module
 
 from aotrain.ops import PAYLOADS, all_to_all_combine, all_to_all_dispatch
 from aotrain.ops.permute import apply_permutation, token_permutation, unpermute_indexed
@@ -139,3 +141,19 @@ def dispatcher_config(
     if pad_multiple < 1:
         raise ValueError(f"pad_multiple got {pad_multiple}; want 1 for no padding, or what the grouped product needs.")
     return derive(config, QuantizedTokenDispatcher.Config, payload=payload, pad_multiple=pad_multiple)
+
+
+def quantize_dispatch(model_config: Module.Config, payload: str) -> int:
+    """Replace, in place, every all-to-all dispatcher of a model's config tree. Returns how many.
+
+    Raises:
+        ValueError: an unknown payload, or a model without such a dispatcher.
+    """
+    nodes = list(model_config.traverse(AllToAllTokenDispatcher.Config))
+    if not nodes:
+        raise ValueError("the model has no experts with the standard all-to-all dispatcher; set it to null")
+    for _, dispatcher, parent, attr in nodes:
+        assert isinstance(dispatcher, AllToAllTokenDispatcher.Config)
+        assert isinstance(attr, str)
+        setattr(parent, attr, dispatcher_config(dispatcher, payload=payload))
+    return len(nodes)

@@ -82,6 +82,10 @@ class Precision(Section):
     recipe: RecipeName | None = None
     # The same for the experts of a mixture of experts, whose products are independent of `recipe`.
     experts: ExpertsRecipeName | None = None
+    # Format of tokens on their way to experts on other ranks (parallelism.ep), and of the gradients of what comes back;
+    # what travels the other way is summed and stays in param_dtype. Experts in mxfp8 round these rows to mxfp8 anyway.
+    # null: param_dtype.
+    expert_dispatch: Literal["mxfp8", "float8_rowwise"] | None = None
     # Layers that stay in param_dtype: globs, or any part of the layer's name ("layers.0.", "feed_forward.w2",
     # "experts"). The output layer is kept because its input gradient decides the loss most directly. The gates of
     # routers always are. With nvfp4 keep the last 15 % of the blocks too, as its paper does; of 32 blocks:

@@ -63,14 +63,21 @@ def _check_gathered(job: PretrainJob) -> Iterator[tuple[str, str]]:
 
 
 def _check_experts(job: PretrainJob) -> Iterator[tuple[str, str]]:
-    layout = job.parallelism
+    layout, dispatch = job.parallelism, job.precision.expert_dispatch
     if not FAMILIES[job.model.family].is_moe:
         if job.precision.experts is not None:
             yield "precision.experts", f"is set but {job.model.family} has no experts; name a recipe, or another family"
         if layout.ep > 1:
             yield "parallelism.ep", f"got {layout.ep}, but {job.model.family} has no experts; want 1"
+        if dispatch is not None:
+            yield "precision.expert_dispatch", f"got {dispatch!r}, but {job.model.family} has no experts; want null"
     elif layout.dp_shard > 0 and (layout.dp_shard * layout.tp) % layout.ep:
         yield (
             "parallelism.ep",
             f"got {layout.ep}, want a divisor of dp_shard * tp, {layout.dp_shard * layout.tp} ranks",
+        )
+    elif layout.ep == 1 and dispatch is not None:
+        yield (
+            "precision.expert_dispatch",
+            f"got {dispatch!r}, but with parallelism.ep 1 no token leaves its rank; want null, or ep of at least 2",
         )

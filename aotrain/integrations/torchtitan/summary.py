@@ -33,6 +33,7 @@ def write_summary(job: PretrainJob, run_dir: Path) -> dict[str, Any]:
         "model": f"{job.model.family}_{job.model.size}",
         "recipe": job.precision.recipe,
         "experts": job.precision.experts,
+        "expert_dispatch": job.precision.expert_dispatch,
         "param_dtype": job.precision.param_dtype,
         "optimizer": job.optimizer.name,
         "ranks": int(os.environ.get("WORLD_SIZE", "1")),

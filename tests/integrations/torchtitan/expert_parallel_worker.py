@@ -2,7 +2,8 @@
 
     python -m tests.integrations.torchtitan.expert_parallel_worker CASES.json
 
-CASES.json: a list of {"port", "out", "arguments"}, with rank and world size in the environment.
+CASES.json: a list of {"port", "out", "arguments"}, or {"port", "out", "job", "settings"} for a job file, with rank and
+world size in the environment.
 """
 
 import json
@@ -21,12 +22,16 @@ def main() -> None:
     import torchtitan.trainer
     from torchtitan.config import ConfigManager
 
-    from aotrain.integrations.torchtitan.train import _train
+    from aotrain.integrations.torchtitan.job import load_job
+    from aotrain.integrations.torchtitan.train import _train, run
 
     torchtitan.trainer.time.sleep = lambda seconds: None  # 2 s at the end of every run
     for case in json.loads(Path(sys.argv[1]).read_text()):
         os.environ["MASTER_PORT"] = str(case["port"])
-        _train(ConfigManager().parse_args([*case["arguments"], "--dump_folder", case["out"]]))
+        if "job" in case:
+            run(load_job(case["job"], [*case["settings"], f"output_dir={case['out']}"]))
+        else:
+            _train(ConfigManager().parse_args([*case["arguments"], "--dump_folder", case["out"]]))
 
 
 if __name__ == "__main__":

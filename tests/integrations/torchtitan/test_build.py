@@ -14,6 +14,7 @@ from aotrain.integrations.torchtitan import compat
 from aotrain.integrations.torchtitan.attention import DocumentSDPA
 from aotrain.integrations.torchtitan.build import build_config
 from aotrain.integrations.torchtitan.checkpointing import SelectiveProducts
+from aotrain.integrations.torchtitan.dispatcher import QuantizedTokenDispatcher, quantize_dispatch
 from aotrain.integrations.torchtitan.job import load_job
 from aotrain.integrations.torchtitan.linear import Float8Linear
 from aotrain.integrations.torchtitan.models import vocab_size
@@ -140,6 +141,22 @@ def test_expert_parallelism_is_set_and_checked(monkeypatch):
     monkeypatch.setattr("torch.__version__", "2.11.0")
     with pytest.raises(JobError, match=r"parallelism.ep: got 4, but torchtitan's expert parallelism needs torch 2.13"):
         build(MOE, "parallelism.ep=4", num_ranks=8)
+
+
+@pytest.mark.parametrize("payload", [None, "mxfp8", "float8_rowwise"])
+def test_tokens_travel_as_the_job_says(monkeypatch, payload):
+    monkeypatch.setattr(compat, "expert_parallel_works", lambda: True)
+    keys = ("parallelism.ep=2", f"precision.expert_dispatch={payload or 'null'}")
+    for model in ((), ("model.family=qwen3_moe", "model.size=30b")):
+        config = build(MOE, "precision.experts=null", *keys, *model, num_ranks=2)
+        nodes = [node for _, node, _, _ in config.model_spec.model.traverse(QuantizedTokenDispatcher.Config)]
+        assert {node.payload for node in nodes} == ({payload} if payload else set())
+        assert len(nodes) == (0 if payload is None else 48 if model else 3)
+
+
+def test_a_model_whose_tokens_do_not_travel_is_an_error():
+    with pytest.raises(ValueError, match="has no experts with the standard all-to-all dispatcher; set it to null"):
+        quantize_dispatch(build("llama3_debug_bf16_cpu").model_spec.model, "mxfp8")
 
 
 def test_experts_alone_have_a_recipe():

@@ -79,6 +79,18 @@ def test_optimizers_of_a_job_are_those_that_the_trainer_can_build(load):
         ),
         (["precision.recipe=fp8"], "precision.recipe: got 'fp8' (str), want one of float8_tensorwise"),
         (["precision.experts=rowwise"], "precision.experts: is set but llama3 has no experts; name a recipe, or"),
+        (
+            ["precision.expert_dispatch=mxfp8"],
+            "precision.expert_dispatch: got 'mxfp8', but llama3 has no experts; want null",
+        ),
+        (
+            ["model.family=deepseek_v3", "precision.expert_dispatch=mxfp8"],
+            "precision.expert_dispatch: got 'mxfp8', but with parallelism.ep 1 no token leaves its rank; want null, or",
+        ),
+        (
+            ["model.family=deepseek_v3", "parallelism.ep=2", "precision.expert_dispatch=mxfp4"],
+            "precision.expert_dispatch: got 'mxfp4' (str), want one of mxfp8, float8_rowwise",
+        ),
         (["parallelism.ep=2"], "parallelism.ep: got 2, but llama3 has no experts; want 1"),
         (
             ["model.family=deepseek_v3", "parallelism.ep=4", "parallelism.dp_shard=2", "parallelism.tp=3"],
