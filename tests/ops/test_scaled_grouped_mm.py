@@ -339,3 +339,18 @@ class TestOnGPU:
             ends = torch.tensor(offsets, dtype=torch.int32, device="cuda")
             results.append(run(x.requires_grad_(), weight.requires_grad_(), ends, grad, RECIPES["float8_rowwise"]))
         assert_equal(*results)
+
+
+@pytest.mark.parametrize("recipe", ["float8_blockwise", "mxfp8"])
+def test_only_small_elements_tell_scales_apart(recipe: str) -> None:
+    """e4m3 under any power-of-two scale rounds to four significant bits: blocks matter to subnormals only.
+
+    So these recipes are one function of operands within 2^10 of each other. Measured: no bit differs; the bound allows
+    another order of sums.
+    """
+    x, weight, offsets, grad = operands([40, 0, 90], 130, 256, 128)
+    near = [t.detach().sign() * t.detach().abs().clamp(2.0**-8, 2.0) for t in (x, weight, grad)]
+    leaves = [near[0].requires_grad_(), near[1].requires_grad_(), offsets, near[2]]
+    wants, gots = (run(*leaves, RECIPES[name]) for name in ("float8_rowwise", recipe))
+    for want, got in zip(wants, gots, strict=True):
+        assert sqnr(want, got) > 60
