@@ -75,7 +75,6 @@ PUBLIC = {
         "round_nearest",
         "round_stochastic",
         "scale_shape",
-        "stochastic_key",
         "to_blocked",
         "unpack_float4",
     ],

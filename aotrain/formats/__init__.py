@@ -24,7 +24,7 @@ from aotrain.formats.element import (
     ElementFormat,
 )
 from aotrain.formats.hadamard import hadamard_signs, hadamard_transform, inverse_hadamard_transform
-from aotrain.formats.mx import is_mx, quantize_mx, stochastic_key
+from aotrain.formats.mx import is_mx, quantize_mx
 from aotrain.formats.nvfp4 import Nvfp4Tensor, dequantize_nvfp4, nvfp4_global_scale, quantize_nvfp4
 from aotrain.formats.packing import pack_float4, unpack_float4
 from aotrain.formats.random import data_key, philox_bits16, philox_u32
@@ -96,7 +96,6 @@ __all__ = [
     "round_nearest",
     "round_stochastic",
     "scale_shape",
-    "stochastic_key",
     "to_blocked",
     "unpack_float4",
 ]

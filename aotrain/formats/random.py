@@ -16,6 +16,8 @@ _MASK32 = 0xFFFFFFFF
 _MASK64 = 0xFFFFFFFFFFFFFFFF
 # 2^64 over the golden ratio, an odd number: multiples of it differ in most bits.
 _SEED_MULTIPLIER = 0x9E3779B97F4A7C15
+# |sum| of as many 16-bit integers is at most 2^30.
+_ROWS_IN_32_BITS = 2**15
 
 
 def data_key(seed: int, x: torch.Tensor) -> torch.Tensor:
@@ -31,7 +33,15 @@ def data_key(seed: int, x: torch.Tensor) -> torch.Tensor:
         seed: any integer.
         x: float32, bfloat16 or float16, any shape.
     """
-    return x.float().view(torch.int32).sum(dtype=torch.int64) ^ seed_word(seed)
+    return _sum_of_bits(x) ^ seed_word(seed)
+
+
+def _sum_of_bits(x: torch.Tensor) -> torch.Tensor:
+    if x.dtype != torch.bfloat16 or x.dim() < 2:
+        return x.float().view(torch.int32).sum(dtype=torch.int64)
+    # The upper half of the float32 patterns. Sums in 32 bits, along columns, take a third of the time on CPU.
+    rows = x.view(torch.int16).flatten(0, -2).split(_ROWS_IN_32_BITS)
+    return torch.stack([part.sum(0, dtype=torch.int32) for part in rows]).sum(dtype=torch.int64) << 16
 
 
 def seed_word(seed: int) -> int:

@@ -5,7 +5,7 @@ import functools
 
 import torch
 
-from aotrain.formats import BLOCKWISE_1X32, Scaling, scale_shape, stochastic_key
+from aotrain.formats import BLOCKWISE_1X32, Scaling, data_key, scale_shape
 from aotrain.formats import hadamard_transform as hadamard_transform_reference
 from aotrain.formats.e8m0 import E8M0_ROUNDINGS
 from aotrain.kernels._native import native_library
@@ -57,7 +57,7 @@ def mx_stochastic(
     if found is None:
         raise RuntimeError(f"The C++ kernel of aotrain::mx_cast cannot run: {reason}.")
     assert scaling.scale.e8m0_rounding is not None
-    key = int(stochastic_key(x_hp)) % 2**64
+    key = int(data_key(scaling.hadamard, x_hp)) % 2**64
     x = x_hp.float().contiguous() if signs is None else hadamard_transform(x_hp, signs)
     codes = x.new_empty(x.shape, dtype=torch.uint8)
     scale = x.new_empty(scale_shape(x.shape, BLOCKWISE_1X32), dtype=torch.uint8)

@@ -118,7 +118,7 @@ void aotrain_mx_stochastic(const float* x, int64_t rows, int64_t columns, uint64
     for (int64_t unit = 0; unit < rows * chunks; unit++) {
         const int64_t row = unit / chunks, first = unit % chunks * kChunk, n = std::min(kChunk, columns - first);
         float inverse[kChunk];
-        uint16_t noise[kChunk + 16];
+        uint16_t noise[kChunk + 8];
         const float* from = x + row * columns + first;
         for (int64_t i = 0; i < n; i += kBlock) {
             const int64_t size = std::min(kBlock, n - i);
@@ -127,9 +127,8 @@ void aotrain_mx_stochastic(const float* x, int64_t rows, int64_t columns, uint64
             const uint32_t bits = byte < 254 ? (254u - byte) << 23 : 0x400000;
             std::fill_n(inverse + i, size, byte == 255 ? __builtin_nanf("") : bits_as<float>(bits));
         }
-        const int64_t element = row * columns + first, skip = element % 8;
-        noise_of(key, static_cast<uint64_t>(element / 8), (skip + n + 7) / 8, noise);
-        encode(from, inverse, noise + skip, n, codes + element);
+        noise_of(key, static_cast<uint64_t>(row * blocks * kBlock + first) / 8, (n + 7) / 8, noise);
+        encode(from, inverse, noise, n, codes + row * columns + first);
     }
 }
 }

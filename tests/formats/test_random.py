@@ -1,8 +1,10 @@
 """Philox against the published known-answer vectors, and as a source of uniform bits."""
 
+import pytest
 import torch
 
 from aotrain.formats import data_key, philox_bits16, philox_u32
+from aotrain.formats.random import seed_word
 
 
 def test_known_answers():
@@ -46,6 +48,23 @@ def test_key_follows_from_seed_and_values_alone():
     # A key as a tensor is the key as a number.
     counters = torch.arange(24)
     assert torch.equal(philox_bits16(data_key(3, x), counters), philox_bits16(int(data_key(3, x)), counters))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_every_bit_counts_and_no_sum_wraps_early(dtype: torch.dtype):
+    """Also more rows than a sum of 16-bit parts has room for in 32 bits, and a vector."""
+    integer = torch.int32 if dtype == torch.float32 else torch.int16
+    for shape in ((6, 40), (40,), (2**16 + 3, 1), (2, 3, 5)):
+        x = torch.randn(shape).to(dtype)
+        x[0] = -1.0  # the most negative patterns are those of large negative numbers
+        key = int(data_key(1, x))
+        assert key == int(x.float().numpy().view("int32").astype("int64").sum()) ^ seed_word(1)
+        for bit in (0, 3, x.element_size() * 8 - 1):
+            other = x.clone()
+            other.view(integer).view(-1)[-1] ^= torch.tensor(1 << bit, dtype=torch.int64).to(integer)
+            assert int(data_key(1, other)) != key
+    x = torch.full((2**17, 2), -torch.inf, dtype=dtype)
+    assert int(data_key(0, x)) == 2**18 * (0xFF800000 - 2**32)
 
 
 def test_keys_of_streams_are_independent():

@@ -26,7 +26,7 @@ STOCHASTIC = Scaling(
 )
 SCALES = [name for name in SCALE_FORMATS if name.startswith("e8m0")]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# Rows of one chunk, of several, whose noise begins at any of the eight places of a counter; and tails.
+# Rows of one chunk and of several, and tails.
 SHAPES = [(1, 1), (5, 37), (3, 4, 33), (64, 96), (3, 4099), (2, 8192)]
 
 
