@@ -2,8 +2,9 @@
 
 `scaled_cast` and `scaled_cast_both` come here for every MX scaling: 1 x 32 blocks with E8M0 scales, with stochastic
 rounding and the random Hadamard transform where the scaling has them. On CUDA, rounding to nearest of e4m3, e5m2 and
-e2m1 is a Triton kernel that reads x once for both outputs; on CPU it is C++, and so are, for e2m1, stochastic rounding
-and the transform (`_mx_cpu`). Everything else runs the definition itself.
+e2m1 is a Triton kernel that reads x once for both outputs, and so is stochastic rounding to e2m1, after a read that
+makes its key; e2m1 behind a transform of 32 is another. On CPU rounding to nearest is C++, and so are, for e2m1,
+stochastic rounding and the transform (`_mx_cpu`). Everything else runs the definition itself.
 """
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from aotrain.formats import (
     BLOCKWISE_1X32,
     ELEMENT_FORMATS,
+    FLOAT4_E2M1,
     SCALE_FORMATS,
     ScaledTensor,
     Scaling,
@@ -105,10 +107,12 @@ def _cpu(
 
 def mx_cast_gap(scaling: Scaling) -> str | None:
     """What keeps an MX cast from being one fused kernel on a GPU; None when it is one."""
-    if scaling.rounding != "nearest" or scaling.hadamard:
-        return "there is no kernel for stochastic rounding or the Hadamard transform of MX casts yet"
     if scaling.element.name not in _CAPABILITY:
         return f"there is no kernel for MX casts to {scaling.element.name} yet"
+    if (scaling.rounding != "nearest" or scaling.hadamard) and scaling.element != FLOAT4_E2M1:
+        return f"there is no kernel for stochastic rounding or transforms of MX casts to {scaling.element.name} yet"
+    if scaling.hadamard not in (0, BLOCKWISE_1X32[1]):
+        return f"there is no kernel for MX casts behind a transform of {scaling.hadamard} yet"
     return None
 
 
@@ -131,8 +135,7 @@ def _cuda(
         warn_slow("mx_cast", reason)
     if reason is not None or _nothing_to_launch(x_hp):
         return _reference(x_hp, element, scale, rounding, hadamard)
-    data, x_scale = _tiles(x_hp, scaling, rows=True, columns=False)[:2]
-    return data, x_scale
+    return _kernel(x_hp, scaling, _measures(x_hp, scaling))
 
 
 def _cuda_both(
@@ -146,26 +149,51 @@ def _cuda_both(
     rounding_t: str,
     hadamard_t: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One kernel for both where there is one; where there is none, `mx_cast` says so."""
+    """One kernel for both, or one key; where there is no kernel, `mx_cast` says so."""
     names, names_t = (element, scale, rounding, hadamard), (element_t, scale_t, rounding_t, hadamard_t)
-    scaling = _scaling(*names)
-    if names != names_t or _nothing_to_launch(x_hp) or _cuda_problem(x_hp, scaling) is not None:
+    scaling, scaling_t = _scaling(*names), _scaling(*names_t)
+    if _nothing_to_launch(x_hp) or _cuda_problem(x_hp, scaling) or _cuda_problem(x_hp, scaling_t):
         return _two_casts(x_hp, *names, *names_t)
-    return _tiles(x_hp, scaling, rows=True, columns=True)
+    measures = _measures(x_hp, scaling, scaling_t)
+    if names == names_t and not hadamard:
+        return _tiles(x_hp, scaling, measures, rows=True, columns=True)
+    return *_kernel(x_hp, scaling, measures), *_kernel(x_hp.mT, scaling_t, measures)
+
+
+def _measures(x_hp: torch.Tensor, *scalings: Scaling) -> torch.Tensor | None:
+    """The noise key of x and of its transposition where one of the scalings is stochastic."""
+    if all(scaling.rounding == "nearest" for scaling in scalings):
+        return None
+    from aotrain.kernels.triton.nvfp4_cast import measure
+
+    # A sum over all elements in whatever order: of a view that is not copied.
+    x = x_hp if x_hp.stride(-1) == 1 else x_hp.mT
+    return measure(x.reshape(-1, x.shape[-1]), 0, plain=False, transform=False, checksum=True)
+
+
+def _kernel(x_hp: torch.Tensor, scaling: Scaling, measures: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    measures = None if scaling.rounding == "nearest" else measures
+    if not scaling.hadamard:
+        data, scale = _tiles(x_hp, scaling, measures, rows=True, columns=False)[:2]
+        return data, scale
+    from aotrain.kernels.triton.mx_transform_cast import mx_transform_cast
+
+    data, scale = mx_transform_cast(x_hp.reshape(-1, *x_hp.shape[-2:]).mT, scaling.scale, measures)
+    return data.view(*x_hp.shape[:-1], data.shape[-1]), scale.view(*x_hp.shape[:-1], scale.shape[-1])
 
 
 def _tiles(
-    x_hp: torch.Tensor, scaling: Scaling, *, rows: bool, columns: bool
+    x_hp: torch.Tensor, scaling: Scaling, measures: torch.Tensor | None, *, rows: bool, columns: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The kernel on a matrix, read along its contiguous dimension, with the outputs in the shape of the operands."""
     from aotrain.kernels.triton.mx_cast import mx_cast_tiles
 
     matrices = x_hp.reshape(-1, *x_hp.shape[-2:])
-    formats = scaling.element, scaling.scale
+    arguments = scaling.element, scaling.scale, measures
     if x_hp.stride(-2) == 1 != x_hp.stride(-1):
-        data_t, x_scale_t, data, x_scale = mx_cast_tiles(matrices.mT, *formats, rows=columns, columns=rows)
+        data_t, x_scale_t, data, x_scale = mx_cast_tiles(matrices.mT, *arguments, rows=columns, columns=rows)
     else:
-        data, x_scale, data_t, x_scale_t = mx_cast_tiles(matrices, *formats, rows=rows, columns=columns)
+        data, x_scale, data_t, x_scale_t = mx_cast_tiles(matrices, *arguments, rows=rows, columns=columns)
     shape, shape_t = x_hp.shape, x_hp.mT.shape
     if rows:
         data, x_scale = data.view(shape), x_scale.view(scale_shape(shape, BLOCKWISE_1X32))

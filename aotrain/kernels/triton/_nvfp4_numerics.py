@@ -16,6 +16,7 @@ _EXPONENT_MASK = tl.constexpr(0x7F800000)
 _NAN_BITS = tl.constexpr(0x7FC00000)
 _ONE = tl.constexpr(127 << 23)
 _QUARTER = tl.constexpr(0.25)
+_RECIPROCAL_ROOT_OF_32 = tl.constexpr(float(np.float32(32**-0.5)))
 _SIX = tl.constexpr(0x40C00000)
 # Of e4m3: its smallest value 2^-9, its largest 448, and the binade of its smallest normal value.
 _E4M3_MIN, _E4M3_MAX, _E4M3_BINADE = tl.constexpr(118 << 23), tl.constexpr(0x43E00000), tl.constexpr(121 << 23)
@@ -111,8 +112,8 @@ def _stage(a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7):
 
 
 @triton.jit
-def hadamard16(x0, x1, x2, x3, x4, x5, x6, x7, x8, x9, x10, x11, x12, x13, x14, x15):
-    """formats.hadamard_transform of sixteen tensors that have their signs, each one element of every block."""
+def butterflies16(x0, x1, x2, x3, x4, x5, x6, x7, x8, x9, x10, x11, x12, x13, x14, x15):
+    """`hadamard16` times 4: distances 1 to 8 of the butterflies."""
     x0, x2, x4, x6, x8, x10, x12, x14, x1, x3, x5, x7, x9, x11, x13, x15 = _stage(
         x0, x2, x4, x6, x8, x10, x12, x14, x1, x3, x5, x7, x9, x11, x13, x15
     )
@@ -125,7 +126,36 @@ def hadamard16(x0, x1, x2, x3, x4, x5, x6, x7, x8, x9, x10, x11, x12, x13, x14, 
     x0, x1, x2, x3, x4, x5, x6, x7, x8, x9, x10, x11, x12, x13, x14, x15 = _stage(
         x0, x1, x2, x3, x4, x5, x6, x7, x8, x9, x10, x11, x12, x13, x14, x15
     )
-    q = _QUARTER
+    return x0, x1, x2, x3, x4, x5, x6, x7, x8, x9, x10, x11, x12, x13, x14, x15
+
+
+@triton.jit
+def _times(q, x0, x1, x2, x3, x4, x5, x6, x7, x8, x9, x10, x11, x12, x13, x14, x15):
     x0, x1, x2, x3, x4, x5, x6, x7 = x0 * q, x1 * q, x2 * q, x3 * q, x4 * q, x5 * q, x6 * q, x7 * q
     x8, x9, x10, x11, x12, x13, x14, x15 = x8 * q, x9 * q, x10 * q, x11 * q, x12 * q, x13 * q, x14 * q, x15 * q
     return x0, x1, x2, x3, x4, x5, x6, x7, x8, x9, x10, x11, x12, x13, x14, x15
+
+
+@triton.jit
+def hadamard16(x0, x1, x2, x3, x4, x5, x6, x7, x8, x9, x10, x11, x12, x13, x14, x15):
+    """formats.hadamard_transform of sixteen tensors that have their signs, each one element of every block."""
+    y = butterflies16(x0, x1, x2, x3, x4, x5, x6, x7, x8, x9, x10, x11, x12, x13, x14, x15)
+    return _times(_QUARTER, *y)
+
+
+@triton.jit
+def hadamard32(low, high):
+    """`hadamard16` of 32 tensors, two tuples of sixteen: (the first sixteen results, the others)."""
+    low, high = butterflies16(*low), butterflies16(*high)
+    a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7 = _stage(
+        *(low[0], low[1], low[2], low[3], low[4], low[5], low[6], low[7]),
+        *(high[0], high[1], high[2], high[3], high[4], high[5], high[6], high[7]),
+    )
+    a8, a9, a10, a11, a12, a13, a14, a15, b8, b9, b10, b11, b12, b13, b14, b15 = _stage(
+        *(low[8], low[9], low[10], low[11], low[12], low[13], low[14], low[15]),
+        *(high[8], high[9], high[10], high[11], high[12], high[13], high[14], high[15]),
+    )
+    return (
+        _times(_RECIPROCAL_ROOT_OF_32, a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11, a12, a13, a14, a15),
+        _times(_RECIPROCAL_ROOT_OF_32, b0, b1, b2, b3, b4, b5, b6, b7, b8, b9, b10, b11, b12, b13, b14, b15),
+    )

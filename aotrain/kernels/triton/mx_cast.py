@@ -26,6 +26,8 @@ from aotrain.kernels.triton._numerics import (
     magnitude_bits,
     saturating_cast,
 )
+from aotrain.kernels.triton._nvfp4_numerics import stochastic_code
+from aotrain.kernels.triton.adam import _noise_of_eight
 from aotrain.kernels.triton.scaled_cast import Config
 
 # A tile of scales is that of 128 x 128 elements. Rows that do not begin at multiples of 16 elements are accessed one by
@@ -97,6 +99,7 @@ def _store_data(
     x,
     byte,
     data_ptr,
+    measures_ptr,
     batch,
     row_tile,
     column_tile,
@@ -104,6 +107,7 @@ def _store_data(
     K,
     ELEMENT_MAX: tl.constexpr,
     FOUR_BITS: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
     CODES: tl.constexpr,
     LONG_OFFSETS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -126,7 +130,12 @@ def _store_data(
         data = saturating_cast(scaled, data_ptr.dtype.element_ty, ELEMENT_MAX)
         tl.store(data_ptr + first + offsets, data, mask=mask)
     else:
-        code = e2m1_code(scaled, ELEMENT_MAX)
+        if STOCHASTIC:
+            row = batch * M + first_row + tl.arange(0, BLOCK_M)
+            first_of_row = row * (tl.cdiv(K, _SCALE_BLOCK) * _SCALE_BLOCK) + column_tile * BLOCK_K
+            code = stochastic_code(scaled, _noise_of_eight(tl.load(measures_ptr + 2), first_of_row, BLOCK_K))
+        else:
+            code = e2m1_code(scaled, ELEMENT_MAX)
         if CODES > 1:
             shift = (tl.arange(0, CODES) * 4)[None, None, :]
             code = tl.sum(code.reshape(BLOCK_M, WIDTH, CODES) << shift, axis=2)
@@ -143,6 +152,7 @@ def _mx_cast_kernel(
     scale_ptr,  # [batch, M, ceil(K / 32)] contiguous uint8, or [batch, scale_size] in tiles
     data_t_ptr,  # [batch, K, M], or [batch, K, ceil(M / 2)]
     scale_t_ptr,  # [batch, K, ceil(M / 32)], or [batch, scale_t_size]
+    measures_ptr,  # int64 [3] for stochastic rounding: the last is the sum of bits, which is the key
     M,
     K,
     stride_b,
@@ -160,6 +170,7 @@ def _mx_cast_kernel(
     MAX_EXPONENT: tl.constexpr,
     MANTISSA_BITS: tl.constexpr,
     FOUR_BITS: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
     BLOCKED: tl.constexpr,
     CODES: tl.constexpr,  # of 4 bits in one store: 1, 2 in a byte or 8 in a word
     CODES_T: tl.constexpr,
@@ -191,8 +202,8 @@ def _mx_cast_kernel(
         byte = e8m0_from_amax_bits(amax, ROUNDING, ELEMENT_MAX_INVERSE, MAX_EXPONENT, MANTISSA_BITS)
         _store_scales(byte, places, row_mask, column_tile, K, SCALE_WORDS, BLOCKS)
         _store_data(
-            *(x, byte, data_ptr, batch, row_tile, column_tile, M, K),
-            *(ELEMENT_MAX, FOUR_BITS, CODES, LONG_OFFSETS, BLOCK_M, BLOCK_K),
+            *(x, byte, data_ptr, measures_ptr, batch, row_tile, column_tile, M, K),
+            *(ELEMENT_MAX, FOUR_BITS, STOCHASTIC, CODES, LONG_OFFSETS, BLOCK_M, BLOCK_K),
         )
     if COLUMNS:
         BLOCKS_T: tl.constexpr = BLOCK_M // _SCALE_BLOCK
@@ -209,8 +220,8 @@ def _mx_cast_kernel(
         x_t = tl.trans(x_hp).to(tl.float32)
         byte_t = _load_scales(places_t, row_mask_t, row_tile, M, SCALE_WORDS_T, BLOCKS_T)
         _store_data(
-            *(x_t, byte_t, data_t_ptr, batch, column_tile, row_tile, K, M),
-            *(ELEMENT_MAX, FOUR_BITS, CODES_T, LONG_OFFSETS, BLOCK_K, BLOCK_M),
+            *(x_t, byte_t, data_t_ptr, measures_ptr, batch, column_tile, row_tile, K, M),
+            *(ELEMENT_MAX, FOUR_BITS, STOCHASTIC, CODES_T, LONG_OFFSETS, BLOCK_K, BLOCK_M),
         )
 
 
@@ -218,6 +229,7 @@ def mx_cast_tiles(
     x_hp: torch.Tensor,
     element: ElementFormat,
     scale_format: ScaleFormat,
+    measures: torch.Tensor | None = None,
     *,
     rows: bool = True,
     columns: bool = False,
@@ -231,35 +243,37 @@ def mx_cast_tiles(
             tensors work under TRITON_INTERPRET=1.
         element: FLOAT8_E4M3, FLOAT8_E5M2 or FLOAT4_E2M1.
         scale_format: one of the E8M0 formats.
+        measures: int64 [3] from `nvfp4_cast.measure` of x, to round stochastically to e2m1; None rounds to nearest.
         rows: whether to make data [batch, M, K], in blocks along K.
         columns: whether to make data_t [batch, K, M], in blocks along M.
         packed: two codes of e2m1 per byte, as `formats.pack_float4`: [batch, M, ceil(K / 2)].
         blocked: scales in tiles, as `formats.to_blocked`: [batch, blocked_size(...)].
 
     Returns:
-        (data, scale, data_t, scale_t), contiguous, equal to formats.quantize bit for bit; scales as float8_e8m0fnu.
+        (data, scale, data_t, scale_t), contiguous, equal to formats.quantize_mx bit for bit; scales as float8_e8m0fnu.
         What is not wanted has no elements.
     """
     batch, num_rows, num_columns = x_hp.shape
     aligned = num_rows % 16 == 0 == num_columns % 16
-    tile = TILE if aligned else RAGGED_TILE
+    tile = select_tile(aligned, measures is not None and columns)
     outputs = []
     for wanted, shape in ((rows, (batch, num_rows, num_columns)), (columns, (batch, num_columns, num_rows))):
         outputs += _outputs(x_hp, shape if wanted else None, element, packed, blocked)
     scales = [outputs[1], outputs[3]]
-    if blocked and not aligned:  # smaller tiles do not write the padding
+    if blocked and tile is RAGGED_TILE:  # smaller tiles do not write the padding
         for scale in scales:
             scale.zero_()
     tiles = batch * triton.cdiv(num_rows, tile.block_m) * triton.cdiv(num_columns, tile.block_k)
     with torch.cuda.device_of(x_hp):
         _mx_cast_kernel[(tiles,)](
-            *(x_hp, *outputs, num_rows, num_columns, *x_hp.stride()),
+            *(x_hp, *outputs, measures, num_rows, num_columns, *x_hp.stride()),
             *(scale.numel() // batch for scale in scales),
             **kernel_constants(element, scale_format, blocked=blocked),
+            STOCHASTIC=measures is not None,
             ROWS=rows,
             COLUMNS=columns,
-            SCALE_WORDS=aligned and _in_words(num_columns, blocked),
-            SCALE_WORDS_T=aligned and _in_words(num_rows, blocked),
+            SCALE_WORDS=tile is TILE and _in_words(num_columns, blocked),
+            SCALE_WORDS_T=tile is TILE and _in_words(num_rows, blocked),
             CODES=codes_per_store(num_columns, packed),
             CODES_T=codes_per_store(num_rows, packed),
             LONG_OFFSETS=max(*x_hp.stride()[1:], num_rows, num_columns) * 2 * tile.block_m >= 2**31,
@@ -270,6 +284,16 @@ def mx_cast_tiles(
         )
     data, scale, data_t, scale_t = outputs
     return data, scale.view(torch.float8_e8m0fnu), data_t, scale_t.view(torch.float8_e8m0fnu)
+
+
+def select_tile(aligned: bool, noise_of_columns: bool) -> Config:
+    """The tile of a program.
+
+    Args:
+        aligned: whether rows and columns are multiples of 16.
+        noise_of_columns: whether the transposition is rounded stochastically, for which the large tile would spill.
+    """
+    return TILE if aligned and not noise_of_columns else RAGGED_TILE
 
 
 def kernel_constants(element: ElementFormat, scale_format: ScaleFormat, *, blocked: bool) -> dict[str, object]:

@@ -309,26 +309,42 @@ def cast_operands(
         signs: of the transform of the transposition along its columns; none without one.
         seed: of stochastic rounding; None rounds to nearest.
     """
-    num_rows, num_columns = x_hp.shape
     negative = sum(1 << i for i, sign in enumerate(signs) if sign < 0)
     with torch.cuda.device_of(x_hp):
-        measures = torch.zeros(3, dtype=torch.int64, device=x_hp.device)
-        block_g, block_k, num_warps = ACROSS_TILE
-        _nvfp4_measure_kernel[(triton.cdiv(num_rows, 16 * block_g) * triton.cdiv(num_columns, block_k),)](
-            *(x_hp, measures, num_rows, num_columns, *x_hp.stride(), negative),
-            PLAIN=as_is is not None or not signs,
-            TRANSFORM=transposed is not None and bool(signs),
-            CHECKSUM=seed is not None,
-            BLOCK_G=block_g,
-            BLOCK_K=block_k,
-            num_warps=num_warps,
-            enable_fp_fusion=False,
-        )
+        plain, transform = as_is is not None or not signs, transposed is not None and bool(signs)
+        measures = measure(x_hp, negative, plain=plain, transform=transform, checksum=seed is not None)
         for stream, (x, operand) in enumerate(((x_hp, as_is), (x_hp.t(), transposed))):
             if operand is not None:
                 word = 0 if seed is None else seed_word(2 * seed + stream)
                 stochastic = seed is not None
                 _cast_operand(x, block_rows, operand, measures, bool(signs) and stream == 1, negative, word, stochastic)
+
+
+def measure(x_hp: torch.Tensor, negative: int, *, plain: bool, transform: bool, checksum: bool) -> torch.Tensor:
+    """What the noise key and the global scales of a matrix follow from, int64 [3]; zeros where not asked for.
+
+    Args:
+        x_hp: [M, K], not empty, any strides.
+        negative: bit i is set where sign i of the transform along M is -1.
+        plain: whether to find the bits of the largest magnitude of x.
+        transform: the same of the transform.
+        checksum: the sum of all bits (`formats.data_key`).
+    """
+    num_rows, num_columns = x_hp.shape
+    measures = torch.zeros(3, dtype=torch.int64, device=x_hp.device)
+    block_g, block_k, num_warps = ACROSS_TILE
+    with torch.cuda.device_of(x_hp):
+        _nvfp4_measure_kernel[(triton.cdiv(num_rows, 16 * block_g) * triton.cdiv(num_columns, block_k),)](
+            *(x_hp, measures, num_rows, num_columns, *x_hp.stride(), negative),
+            PLAIN=plain,
+            TRANSFORM=transform,
+            CHECKSUM=checksum,
+            BLOCK_G=block_g,
+            BLOCK_K=block_k,
+            num_warps=num_warps,
+            enable_fp_fusion=False,
+        )
+    return measures
 
 
 def _cast_operand(

@@ -24,7 +24,7 @@ from aotrain.kernels._padding import UNPADDED, Multiples
 from aotrain.kernels.adam import AdamScalars
 from aotrain.kernels.triton import (
     _adam_launch,
-    mx_cast,
+    registry_mx,
     registry_nvfp4,
     scaled_cast,
     scaled_cast_amax,
@@ -37,7 +37,6 @@ from aotrain.kernels.triton.adam import adam_kernel
 from aotrain.kernels.triton.kernel_variant import POINTER_OF_ELEMENT, KernelVariant
 from aotrain.kernels.triton.registry_grouped import GROUPED_KERNELS
 
-_MX_POINTER = POINTER_OF_ELEMENT | {"float4_e2m1fn": "*u8"}
 _AMAX_FLAGS = {"OF_TENSOR": TENSORWISE, "OF_ROWS": ROWWISE, "OF_COLUMNS": COLWISE}
 
 
@@ -167,24 +166,12 @@ def nvfp4_cast() -> Iterator[KernelVariant]:
         yield KernelVariant(**fields)
 
 
-def mx_casts() -> Iterator[KernelVariant]:
-    """Each way to cast to mxfp8 and mxfp4 from bfloat16, into row-major scales and into tiles; roundings and dtypes."""
-    for rows, columns in ((True, False), (False, True), (True, True)):
-        yield _mx("bf16", "float8_e4m3fn", "e8m0_rceil", rows, columns, blocked=True)
-        yield _mx("bf16", "float4_e2m1fn", "e8m0_rceil", rows, columns, blocked=True)
-    yield _mx("bf16", "float8_e4m3fn", "e8m0_rceil", True, True)
-    yield _mx("bf16", "float8_e4m3fn", "e8m0_rceil", True, True, ragged=True)
-    for scale in ("e8m0_floor", "e8m0_ceil", "e8m0_even"):
-        yield _mx("bf16", "float4_e2m1fn", scale, True, True, blocked=True)
-    for dtype in ("fp16", "fp32"):
-        yield _mx(dtype, "float8_e5m2", "e8m0_floor", True, True)
-
-
 KERNELS: tuple[Callable[[], Iterator[KernelVariant]], ...] = (
     scaled_cast_rowwise,
     amax,
     scaled_cast_of_tiles,
-    mx_casts,
+    registry_mx.mx_casts,
+    registry_mx.mx_transform_casts,
     adam,
     *GROUPED_KERNELS,
     token_permutation,
@@ -300,45 +287,6 @@ def _tiles(
         constants,
         tile.num_warps,
         unaligned=("M",) if ragged else _ragged_sizes(pad),
-    )
-
-
-def _mx(
-    dtype: str,
-    element: str,
-    scale: str,
-    rows: bool,
-    columns: bool,
-    *,
-    blocked: bool = False,
-    ragged: bool = False,
-) -> KernelVariant:
-    """`blocked` scales go with packed codes, as for a product; ragged: any M and K."""
-    packed = blocked and element == "float4_e2m1fn"
-    tile = mx_cast.RAGGED_TILE if ragged else mx_cast.TILE
-    constants = {
-        **mx_cast.kernel_constants(ELEMENT_FORMATS[element], SCALE_FORMATS[scale], blocked=blocked),
-        "CODES": mx_cast.codes_per_store(16, packed),
-        "CODES_T": mx_cast.codes_per_store(16, packed),
-        "ROWS": rows,
-        "COLUMNS": columns,
-        "SCALE_WORDS": not ragged,
-        "SCALE_WORDS_T": not ragged,
-        "LONG_OFFSETS": False,
-        "BLOCK_M": tile.block_m,
-        "BLOCK_K": tile.block_k,
-    }
-    data = _MX_POINTER[element]
-    names = ["rows"] * rows + ["columns"] * columns + ["blocked"] * blocked + ["ragged"] * ragged
-    return _variant(
-        "mx_cast",
-        f"{dtype}-{element}-{scale}-{'-'.join(names)}",
-        mx_cast._mx_cast_kernel,
-        {"x_ptr": f"*{dtype}", "data_ptr": data, "scale_ptr": "*u8", "data_t_ptr": data, "scale_t_ptr": "*u8"},
-        ("M", "K", "stride_b", "stride_m", "scale_size", "scale_t_size"),
-        constants,
-        tile.num_warps,
-        unaligned=("M", "K", "stride_b", "stride_m", "scale_size", "scale_t_size") if ragged else (),
     )
 
 

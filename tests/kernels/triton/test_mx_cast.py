@@ -1,5 +1,7 @@
 """The MX cast kernel against formats.quantize, bit for bit, under the interpreter; a GPU twin at the end."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -19,11 +21,13 @@ from aotrain.formats import (
     decode_elements,
     pack_float4,
     quantize,
+    quantize_mx,
     to_blocked,
 )
 from aotrain.formats.scaling import scales_from_amax
 from aotrain.kernels.triton._numerics import e8m0_from_amax_bits, e8m0_inverse, magnitude_bits
 from aotrain.kernels.triton.mx_cast import kernel_constants, mx_cast_tiles
+from aotrain.kernels.triton.nvfp4_cast import measure
 from aotrain.testing import adversarial_matrix, all_bfloat16_values, assert_bitwise_equal
 from aotrain.testing.interpreter import corrected_interpreter
 
@@ -39,14 +43,18 @@ def scaling_of(element: ElementFormat, scale: str) -> Scaling:
     return Scaling(element=element, scale=SCALE_FORMATS[scale], block=BLOCKWISE_1X32)
 
 
+def measures_of(x: torch.Tensor) -> torch.Tensor:
+    return measure(x.reshape(-1, x.shape[-1]), 0, plain=False, transform=False, checksum=True)
+
+
 def assert_casts(x: torch.Tensor, scaling: Scaling, *, packed: bool = False, blocked: bool = False) -> None:
     """x [batch, M, K], both ways; and what packing and tiling the definition's result gives."""
-    formats = scaling.element, scaling.scale
-    data, scale, data_t, scale_t = mx_cast_tiles(x, *formats, rows=True, columns=True, packed=packed, blocked=blocked)
+    arguments = scaling.element, scaling.scale, measures_of(x) if scaling.rounding == "stochastic" else None
+    data, scale, data_t, scale_t = mx_cast_tiles(x, *arguments, rows=True, columns=True, packed=packed, blocked=blocked)
     for got, got_scale, operand in ((data, scale, x), (data_t, scale_t, x.mT)):
-        want = quantize(operand.contiguous(), scaling)
-        assert_bitwise_equal(got_scale, to_blocked(want.scale) if blocked else want.scale, what="scale")
-        assert_bitwise_equal(got, pack_float4(want.data) if packed else want.data, what="data")
+        want = quantize_mx(operand.contiguous().cpu(), scaling)
+        assert_bitwise_equal(got_scale.cpu(), to_blocked(want.scale) if blocked else want.scale, what="scale")
+        assert_bitwise_equal(got.cpu(), pack_float4(want.data) if packed else want.data, what="data")
 
 
 @triton.jit
@@ -117,6 +125,27 @@ class TestInterpreted:
         for dtype in DTYPES:
             assert_casts(x.to(dtype), scaling_of(element, "e8m0_rceil"))
 
+    def test_stochastic_rounding(self):
+        scaling = replace(scaling_of(FLOAT4_E2M1, "e8m0_rceil"), rounding="stochastic")
+        for number, shape in enumerate(((1, 1, 1), (1, 37, 100), (2, 33, 129), (1, 16, 256))):
+            x = torch.stack([adversarial_matrix(*shape[1:], DTYPES[number % 3], seed) for seed in range(shape[0])])
+            assert_casts(x, scaling, packed=True, blocked=True)
+            assert_casts(x.mT, scaling)
+        x = torch.randn(1, 40, 70)
+        x[0, 3, 5], x[0, 30, 60], x[0, 39, 69] = torch.inf, torch.nan, -torch.nan
+        assert_casts(x, scaling)
+
+    def test_stochastic_rounding_of_rows_alone_in_whole_tiles(self):
+        """The large tile, whose scales are words."""
+        scaling = replace(scaling_of(FLOAT4_E2M1, "e8m0_even"), rounding="stochastic")
+        x = torch.randn(1, 144, 256).bfloat16()
+        want = quantize_mx(x, scaling)
+        for blocked in (False, True):
+            arguments = scaling.element, scaling.scale, measures_of(x)
+            data, scale = mx_cast_tiles(x, *arguments, packed=blocked, blocked=blocked)[:2]
+            assert_bitwise_equal(scale, to_blocked(want.scale) if blocked else want.scale)
+            assert_bitwise_equal(data, pack_float4(want.data) if blocked else want.data)
+
     def test_one_output_alone_is_that_of_both(self):
         x = torch.randn(1, 100, 70)
         formats = FLOAT8_E4M3, SCALE_FORMATS["e8m0_rceil"]
@@ -172,3 +201,10 @@ def test_on_a_gpu(element: ElementFormat, scale: str):
                     want = quantize(operand.contiguous(), scaling_of(element, scale))
                     assert_bitwise_equal(got_scale.cpu(), to_blocked(want.scale) if blocked else want.scale)
                     assert_bitwise_equal(got.cpu(), pack_float4(want.data) if packed else want.data)
+
+
+@pytest.mark.gpu
+def test_stochastic_rounding_on_a_gpu():
+    scaling = replace(scaling_of(FLOAT4_E2M1, "e8m0_rceil"), rounding="stochastic")
+    for shape in (*SHAPES, (1, 512, 768)):
+        assert_casts(torch.randn(shape).bfloat16().cuda(), scaling)
