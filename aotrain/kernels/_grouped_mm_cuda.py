@@ -5,6 +5,7 @@
 | e4m3, row scales, bfloat16 result     | CUTLASS in `torch._scaled_grouped_mm`   | Hopper, K and N % 16    |
 | float8 with row scales or 1 x 128     | `kernels/triton/grouped_mm.py`          | Ada or newer            |
 | int8 with row scales                  | the same                                | Ampere or newer         |
+| e4m3 with MX scales, bfloat16 result  | `_grouped_mx_cuda.py`, found by trying  | K % 32, N % 16          |
 | MX, 4 bits, and all with emulate=True | dequantized, in `torch._grouped_mm`     | power-of-two scales     |
 | bfloat16                              | `torch._grouped_mm`                     | rows of multiples of 8  |
 
@@ -28,6 +29,7 @@ from aotrain.formats import (
     dequantize,
 )
 from aotrain.formats.scaling import scale_to_float
+from aotrain.kernels import _grouped_mx_cuda
 from aotrain.kernels._dispatch import FLOAT8_CAPABILITY, MIN_CAPABILITY, triton_problem, warn_slow
 from aotrain.kernels.groups import row_groups
 
@@ -48,6 +50,8 @@ def scaled_rows(
     if min(rows, columns, contracted, ends.shape[0]) == 0:
         return a.data.new_zeros((rows, columns), dtype=out_dtype)
     way = _way(a, b, contracted, columns, ends.shape[0], contracted, out_dtype, emulate)
+    if way == "mx":
+        return zero_ungrouped_rows(_grouped_mx_cuda.rows(a, b, ends), ends)
     if way == "cutlass":
         return zero_ungrouped_rows(cutlass_rows(a, b, ends, fast_accum), ends)
     if way == "triton":
@@ -71,6 +75,8 @@ def scaled_contracted(
     if min(*shape, rows) == 0:
         return a.data.new_zeros(shape, dtype=out_dtype)
     way = _way(a, b, a.data.shape[1], shape[2], shape[0], rows, out_dtype, emulate)
+    if way == "mx":
+        return _grouped_mx_cuda.contracted(a, b, padded_ends)
     if way == "cutlass":
         return cutlass_contracted(a, b, padded_ends, fast_accum)
     if way == "triton" and a.data.shape[1] % 16 == 0:
@@ -173,7 +179,7 @@ def _way(
     out_dtype: torch.dtype,
     emulate: bool,
 ) -> str:
-    """ "cutlass", "triton", "emulated", or what is missing for all of them.
+    """ "cutlass", "triton", "mx", "emulated", or what is missing for all of them.
 
     Raises:
         RuntimeError: float8 on a GPU without it.
@@ -192,6 +198,12 @@ def _way(
             )
         hopper = torch.cuda.get_device_capability(device) == (9, 0)
         return "cutlass" if hopper and cutlass_takes(a, b, stride, columns, num_groups, out_dtype) else "triton"
+    if not emulate and device.type == "cuda" and _grouped_mx_cuda.takes(a, b, stride, columns, out_dtype):
+        contracted = b.data.dim() == 2
+        problem = _grouped_mx_cuda.problem(device, contracted=contracted)
+        if problem is None:
+            return "mx"
+        warn_slow("scaled_grouped_mm_contracted" if contracted else "scaled_grouped_mm", problem)
     if not (a.scaling.scale.power_of_two and b.scaling.scale.power_of_two and out_dtype == torch.bfloat16):
         return "the emulation has no kernel for scales that are no powers of two, or another result than bfloat16"
     return "emulated"

@@ -304,8 +304,8 @@ def pad_groups(x: torch.Tensor, ends: torch.Tensor, padded_ends: torch.Tensor, a
         torch.cat(parts).index_select(0, group) for parts in ((zero, ends), (ends, zero), (zero, padded_ends))
     )
     source = torch.arange(rows, dtype=ends.dtype, device=x.device) - padded_first + first
-    inside = source < last
-    return x.index_select(0, source.clamp_(max=x.shape[0] - 1)).masked_fill_(~inside.unsqueeze(1), 0)
+    outside = source >= last
+    return x.index_select(0, source.clamp_(max=x.shape[0] - 1)).masked_fill_(outside.unsqueeze(1), 0)
 
 
 for _name, _implementation, _cuda_implementation, _fake_implementation in (
