@@ -26,10 +26,16 @@ class ScaleCalculationMode(Enum):
 
 
 class KernelPreference(str, Enum):  # noqa: UP042  a StrEnum prints otherwise than the one users know
-    """AUTO runs products natively where the hardware has them and emulates elsewhere, EMULATED emulates everywhere."""
+    """AUTO runs products natively where the hardware has them and emulates elsewhere, EMULATED emulates everywhere.
+
+    TORCH, MSLK and TRITON name other libraries' kernels; configurations written elsewhere hold them. They mean AUTO.
+    """
 
     AUTO = "auto"
+    TORCH = "torch"
+    MSLK = "mslk"
     EMULATED = "emulated"
+    TRITON = "triton"
 
 
 class MXFP8TrainingRecipe(Enum):
