@@ -194,6 +194,7 @@ PUBLIC = {
         "get_scheme",
         "quantize_",
         "register_quantize_handler",
+        "scheme_of",
     ],
     "aotrain.kernels": [
         "Nvfp4Operand",

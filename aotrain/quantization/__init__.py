@@ -37,6 +37,7 @@ from aotrain.quantization.granularity import (
     get_block_size,
 )
 from aotrain.quantization.quantize import quantize_, register_quantize_handler
+from aotrain.quantization.scheme_of import scheme_of
 from aotrain.quantization.schemes import SCHEMES, Scheme, get_scheme
 
 __all__ = [
@@ -74,4 +75,5 @@ __all__ = [
     "get_scheme",
     "quantize_",
     "register_quantize_handler",
+    "scheme_of",
 ]

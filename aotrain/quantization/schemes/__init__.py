@@ -2,6 +2,8 @@
 
 from aotrain.quantization.schemes.affine import AffineScheme
 from aotrain.quantization.schemes.base import Encoded, TensorScheme
+from aotrain.quantization.schemes.flat import FlatScheme
+from aotrain.quantization.schemes.int4_float8 import Int4Float8Scheme
 from aotrain.quantization.schemes.nvfp4 import Nvfp4Scheme
 from aotrain.quantization.schemes.q4_0 import Q40Scheme
 from aotrain.quantization.schemes.scaled import ScaledScheme
@@ -11,6 +13,8 @@ __all__ = [
     "SCHEMES",
     "AffineScheme",
     "Encoded",
+    "FlatScheme",
+    "Int4Float8Scheme",
     "Nvfp4Scheme",
     "Q40Scheme",
     "ScaledScheme",
