@@ -26,7 +26,7 @@ from aotrain.formats.element import (
 from aotrain.formats.hadamard import hadamard_signs, hadamard_transform, inverse_hadamard_transform
 from aotrain.formats.mx import is_mx, quantize_mx
 from aotrain.formats.nvfp4 import Nvfp4Tensor, dequantize_nvfp4, nvfp4_global_scale, quantize_nvfp4
-from aotrain.formats.packing import pack_float4, unpack_float4
+from aotrain.formats.packing import pack_codes, pack_float4, unpack_codes, unpack_float4
 from aotrain.formats.random import data_key, philox_bits16, philox_u32
 from aotrain.formats.rounding import round_nearest, round_stochastic
 from aotrain.formats.scale_layout import blocked_size, from_blocked, to_blocked
@@ -87,6 +87,7 @@ __all__ = [
     "inverse_hadamard_transform",
     "is_mx",
     "nvfp4_global_scale",
+    "pack_codes",
     "pack_float4",
     "philox_bits16",
     "philox_u32",
@@ -97,5 +98,6 @@ __all__ = [
     "round_stochastic",
     "scale_shape",
     "to_blocked",
+    "unpack_codes",
     "unpack_float4",
 ]

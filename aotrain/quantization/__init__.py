@@ -36,6 +36,8 @@ from aotrain.quantization.granularity import (
     PerToken,
     get_block_size,
 )
+from aotrain.quantization.modules import QuantizedEmbedding, QuantizedLinear, QuantizedModule
+from aotrain.quantization.products import fast_products
 from aotrain.quantization.quantize import quantize_, register_quantize_handler
 from aotrain.quantization.scheme_of import scheme_of
 from aotrain.quantization.schemes import SCHEMES, Scheme, get_scheme
@@ -69,8 +71,12 @@ __all__ = [
     "PerRow",
     "PerTensor",
     "PerToken",
+    "QuantizedEmbedding",
+    "QuantizedLinear",
+    "QuantizedModule",
     "Scheme",
     "ZeroPointDomain",
+    "fast_products",
     "get_block_size",
     "get_scheme",
     "quantize_",

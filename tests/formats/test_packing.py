@@ -1,9 +1,9 @@
-"""Two e2m1 codes per byte: order, every pair, odd lengths, and torch's dtype for it."""
+"""Codes in bytes: order, every pair, odd lengths, and torch's dtype for it."""
 
 import pytest
 import torch
 
-from aotrain.formats import pack_float4, unpack_float4
+from aotrain.formats import pack_codes, pack_float4, unpack_codes, unpack_float4
 
 
 def test_every_pair_has_the_even_element_in_the_low_half():
@@ -32,3 +32,20 @@ def test_packed_bytes_are_torchs_float4_and_any_view_can_be_packed():
     assert torch.equal(pack_float4(codes.t()), pack_float4(codes.t().contiguous()))
     with pytest.raises(ValueError, match="want 5"):
         unpack_float4(packed, 9)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("shape", [(3, 7), (2, 5, 8), (0, 4), (4, 0), (17,)], ids=str)
+def test_codes_of_every_width(shape: tuple[int, ...], bits: int):
+    codes = torch.randint(0, 2**bits, shape, dtype=torch.uint8)
+    packed = pack_codes(codes, bits)
+    assert packed.shape == (*shape[:-1], -(-shape[-1] * bits // 8))
+    assert torch.equal(unpack_codes(packed, bits, shape[-1]), codes)
+
+
+def test_the_first_code_is_in_the_lowest_bits():
+    assert pack_codes(torch.tensor([3, 0, 2, 1], dtype=torch.uint8), 2).tolist() == [0b01_10_00_11]
+    with pytest.raises(ValueError, match="3 bits; want 1, 2, 4 or 8"):
+        pack_codes(torch.zeros(8, dtype=torch.uint8), 3)
+    with pytest.raises(ValueError, match="of 2 bits; want 3"):
+        unpack_codes(torch.zeros(2, dtype=torch.uint8), 2, 9)

@@ -33,6 +33,10 @@ class AffineScheme(TensorScheme):
     def decode(self, encoded: Encoded, dtype: torch.dtype) -> torch.Tensor:
         return self.format.dequantize(AffineTensor(*encoded[:3]), dtype)
 
+    @property
+    def code_range(self) -> tuple[int, int]:
+        return self.format.quant_min, self.format.quant_max
+
     def problem(self, shape: Sequence[int]) -> str | None:
         size = self.format.group_size
         if size is None or (shape[-1] and shape[-1] % size == 0):

@@ -60,6 +60,11 @@ class TensorScheme(ABC):
     def problem(self, shape: Sequence[int]) -> str | None:
         """Why a tensor of this shape cannot be encoded, with the remedy; None when it can."""
 
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """Smallest and largest code in `Encoded.data`, seen as integers: what it takes to store one."""
+        return 0, 255
+
     def values(self, x: torch.Tensor) -> torch.Tensor:
         """What x becomes when it is encoded and decoded, in x's dtype, without gradient."""
         return self.decode(self.encode(x), x.dtype)

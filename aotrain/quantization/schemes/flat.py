@@ -40,6 +40,10 @@ class FlatScheme(TensorScheme):
         shape = encoded.data.shape
         return self.inner.decode(encoded._replace(data=encoded.data.reshape(self._matrix(shape))), dtype).reshape(shape)
 
+    @property
+    def code_range(self) -> tuple[int, int]:
+        return self.inner.code_range
+
     def problem(self, shape: Sequence[int]) -> str | None:
         return self.inner.problem((1, *shape[-1:]))
 

@@ -48,6 +48,10 @@ class Int4Float8Scheme(TensorScheme):
     def decode(self, encoded: Encoded, dtype: torch.dtype) -> torch.Tensor:
         return self.format.dequantize(AffineTensor(encoded.data, encoded.scale, None), dtype)
 
+    @property
+    def code_range(self) -> tuple[int, int]:
+        return self.format.quant_min, self.format.quant_max
+
     def problem(self, shape: Sequence[int]) -> str | None:
         if shape[-1] and shape[-1] % self.group_size == 0:
             return None

@@ -38,6 +38,10 @@ class Nvfp4Scheme(TensorScheme):
         assert encoded.global_scale is not None
         return dequantize_nvfp4(Nvfp4Tensor(encoded.data, encoded.scale, encoded.global_scale, BLOCKWISE_1X16), dtype)
 
+    @property
+    def code_range(self) -> tuple[int, int]:
+        return 0, 15
+
     def problem(self, shape: Sequence[int]) -> str | None:
         if len(shape) >= 2 and shape[-1] % BLOCKWISE_1X16[1] == 0:
             return None

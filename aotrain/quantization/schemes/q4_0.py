@@ -27,6 +27,10 @@ class Q40Scheme(TensorScheme):
     def decode(self, encoded: Encoded, dtype: torch.dtype) -> torch.Tensor:
         return dequantize_q4_0(Q40Tensor(encoded.data, encoded.scale), dtype)
 
+    @property
+    def code_range(self) -> tuple[int, int]:
+        return 0, 15
+
     def problem(self, shape: Sequence[int]) -> str | None:
         if shape[-1] and shape[-1] % BLOCK == 0:
             return None

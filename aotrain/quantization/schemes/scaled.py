@@ -48,6 +48,10 @@ class ScaledScheme(TensorScheme):
     def decode(self, encoded: Encoded, dtype: torch.dtype) -> torch.Tensor:
         return dequantize(ScaledTensor(encoded.data, encoded.scale, self.scaling), dtype)
 
+    @property
+    def code_range(self) -> tuple[int, int]:
+        return (-128, 127) if self.scaling.element.name == "int8" else (0, 2**self.scaling.element.bits - 1)
+
     def problem(self, shape: Sequence[int]) -> str | None:
         return None if len(shape) >= 2 else f"{tuple(shape)} is no matrix"
 
