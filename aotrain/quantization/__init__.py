@@ -1,6 +1,7 @@
 """Quantization: schemes of tensors, base configurations, and `quantize_`, one call that applies one to a model."""
 
 from aotrain.formats import MappingType, ZeroPointDomain
+from aotrain.quantization.config_json import config_from_dict, config_to_dict
 from aotrain.quantization.configs import (
     AOBaseConfig,
     Int4WeightOnlyConfig,
@@ -26,6 +27,7 @@ from aotrain.quantization.float_configs import (
     NVFP4DynamicActivationNVFP4WeightConfig,
     NVFP4WeightOnlyConfig,
 )
+from aotrain.quantization.fqn_config import AOPerModuleConfig, FqnToConfig, ModuleFqnToConfig, fqn_matches_fqn_config
 from aotrain.quantization.granularity import (
     Granularity,
     PerAxis,
@@ -37,6 +39,7 @@ from aotrain.quantization.granularity import (
     get_block_size,
 )
 from aotrain.quantization.modules import QuantizedEmbedding, QuantizedLinear, QuantizedModule
+from aotrain.quantization.post_training import quantize_layers
 from aotrain.quantization.products import fast_products
 from aotrain.quantization.quantize import quantize_, register_quantize_handler
 from aotrain.quantization.scheme_of import scheme_of
@@ -45,11 +48,13 @@ from aotrain.quantization.schemes import SCHEMES, Scheme, get_scheme
 __all__ = [
     "SCHEMES",
     "AOBaseConfig",
+    "AOPerModuleConfig",
     "Float8DynamicActivationFloat8WeightConfig",
     "Float8DynamicActivationInt4WeightConfig",
     "Float8MMConfig",
     "Float8PackingFormat",
     "Float8WeightOnlyConfig",
+    "FqnToConfig",
     "Granularity",
     "Int4ChooseQParamsAlgorithm",
     "Int4PackingFormat",
@@ -63,6 +68,7 @@ __all__ = [
     "IntxWeightOnlyConfig",
     "MXDynamicActivationMXWeightConfig",
     "MappingType",
+    "ModuleFqnToConfig",
     "NVFP4DynamicActivationNVFP4WeightConfig",
     "NVFP4WeightOnlyConfig",
     "PerAxis",
@@ -76,10 +82,14 @@ __all__ = [
     "QuantizedModule",
     "Scheme",
     "ZeroPointDomain",
+    "config_from_dict",
+    "config_to_dict",
     "fast_products",
+    "fqn_matches_fqn_config",
     "get_block_size",
     "get_scheme",
     "quantize_",
+    "quantize_layers",
     "register_quantize_handler",
     "scheme_of",
 ]

@@ -78,7 +78,9 @@ def test_what_cannot_be_done_is_an_error():
         quantize_(model(), MXFP8TrainingOpConfig(), filter_fn=lambda *_: False)
     with pytest.raises(ValueError, match="return the new layer"):
         quantize_(nn.Linear(2, 2), MXFP8TrainingOpConfig())
-    with pytest.raises(TypeError, match="want a configuration: Float8LinearConfig, Float8TrainingOpConfig, MXFP8Tr"):
+    with pytest.raises(
+        TypeError, match=r"want a configuration: .*Float8LinearConfig, Float8TrainingOpConfig, .*MXFP8Tr"
+    ):
         quantize_(model(), lambda layer: layer)
 
 
