@@ -41,6 +41,12 @@ from aotrain.quantization.granularity import (
 from aotrain.quantization.modules import QuantizedEmbedding, QuantizedLinear, QuantizedModule
 from aotrain.quantization.post_training import quantize_layers
 from aotrain.quantization.products import fast_products
+from aotrain.quantization.quant_primitives import (
+    choose_qparams_affine,
+    dequantize_affine,
+    get_group_qparams_symmetric,
+    quantize_affine,
+)
 from aotrain.quantization.quantize import quantize_, register_quantize_handler
 from aotrain.quantization.scheme_of import scheme_of
 from aotrain.quantization.schemes import SCHEMES, Scheme, get_scheme
@@ -82,13 +88,17 @@ __all__ = [
     "QuantizedModule",
     "Scheme",
     "ZeroPointDomain",
+    "choose_qparams_affine",
     "config_from_dict",
     "config_to_dict",
+    "dequantize_affine",
     "fast_products",
     "fqn_matches_fqn_config",
     "get_block_size",
+    "get_group_qparams_symmetric",
     "get_scheme",
     "quantize_",
+    "quantize_affine",
     "quantize_layers",
     "register_quantize_handler",
     "scheme_of",

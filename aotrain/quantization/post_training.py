@@ -126,9 +126,10 @@ def _replace(module: torch.nn.Module, scheme: Scheme) -> None:
     else:
         assert isinstance(module, torch.nn.Linear)
         quantized = QuantizedLinear.from_linear(module, scheme)
-    contents = vars(module)
+    layer: torch.nn.Module = module
+    contents = vars(layer)
     hooks = {name: value for name, value in contents.items() if "_hooks" in name}
-    module.__class__ = type(quantized)
+    layer.__class__ = type(quantized)
     contents.clear()
     contents.update(vars(quantized))
     contents.update(hooks)

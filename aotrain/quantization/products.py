@@ -53,7 +53,7 @@ def find_product(layer: "QuantizedLinear", x: torch.Tensor, dtype: torch.dtype) 
         return None
     if _is_int8(weight):
         return _weight_int8_product
-    return _weight_int4_product if _is_int4(weight) and layer.in_features % weight.group_size == 0 else None
+    return _weight_int4_product if _is_int4(weight) else None
 
 
 def _format(scheme: TensorScheme | None) -> AffineFormat | None:

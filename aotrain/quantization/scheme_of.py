@@ -101,7 +101,7 @@ def scheme_of(config: AOBaseConfig) -> Scheme:
             weight = _intx(config.weight_dtype, config.weight_granularity, mapping, scale_dtype)
             return _scheme(weight, _int8_tokens(config.act_mapping_type))
         case Int8DynamicActivationInt4WeightConfig():
-            weight = _intx(torch.int4, PerGroup(config.group_size), config.mapping_type, None)
+            weight = _intx(INT_DTYPES[3], PerGroup(config.group_size), config.mapping_type, None)
             return _scheme(weight, _int8_tokens(config.act_mapping_type))
         case Int8WeightOnlyConfig():
             return _scheme(_int8(config.granularity))
