@@ -1,12 +1,13 @@
-"""torch's own products of quantized codes, for layers that may round otherwise than training did.
+"""Products of quantized codes, for layers that may round otherwise than training did.
 
-    int8    codes of int8 inputs and weights multiplied as integers, `torch._int_mm`; exact but for the scaling
+    both    codes of inputs times codes of weights, `kernels.scaled_mm`: int8 (`torch._int_mm`), float8 per tensor, row
+            or 128 x 128 (`torch._scaled_mm` where the GPU has it) and MX; summed in float32 or int32, then scaled
     w8      inputs times int8 weights, `torch.ops.aten._weight_int8pack_mm`, CPU, few rows
     w4      inputs times 4-bit weights in groups, `torch.ops.aten._weight_int4pack_mm_for_cpu`, CPU, few rows
 
 A layer that is `fast` calls the one that applies, and else multiplies by its dequantized weight as every layer does:
-when a gradient is wanted, while a graph is traced (a compiler fuses the decoding), and where a product is slower.
-`w8` and `w4` take scales in the dtype of the input. docs/quantization.md has times.
+when a gradient is wanted, while a graph is traced (a compiler fuses the decoding), and where a product is slower or the
+GPU does not have it. `w8` and `w4` take scales in the dtype of the input. docs/quantization.md has times.
 """
 
 from collections.abc import Callable
@@ -14,8 +15,23 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from aotrain.formats import AffineFormat, MappingType, ZeroPointDomain
-from aotrain.quantization.schemes import AffineScheme, TensorScheme
+from aotrain.formats import (
+    BLOCKWISE_1X128,
+    BLOCKWISE_128X128,
+    FLOAT8_E4M3,
+    FLOAT8_E5M2,
+    INT8,
+    ROWWISE,
+    TENSORWISE,
+    AffineFormat,
+    MappingType,
+    ScaledTensor,
+    Scaling,
+    ZeroPointDomain,
+    is_mx,
+)
+from aotrain.kernels import mx_mm_problem, native_scaled_mm_problem, scaled_mm
+from aotrain.quantization.schemes import AffineScheme, FlatScheme, ScaledScheme, Scheme, TensorScheme
 
 if TYPE_CHECKING:
     from aotrain.quantization.modules import QuantizedLinear
@@ -43,17 +59,40 @@ def find_product(layer: "QuantizedLinear", x: torch.Tensor, dtype: torch.dtype) 
     """The product of codes for this layer and input; None: multiply by the dequantized weight."""
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad) or x.numel() == 0:
         return None
-    weight, activation = _format(layer.scheme.weight), _format(layer.scheme.activation)
-    if weight is None:
-        return None
-    rows = x.numel() // x.shape[-1]
-    if activation is not None:
-        return _int8_product if _is_int8(weight) and _is_int8(activation) and _int_mm_takes(layer, rows) else None
-    if layer.scheme.activation is not None or x.device.type != "cpu" or rows > _FEW_ROWS:
+    if layer.scheme.activation is not None:
+        return _product_of_codes if _has_product_of_codes(layer.scheme, x.device, dtype) else None
+    weight = _format(layer.scheme.weight)
+    if weight is None or x.device.type != "cpu" or x.numel() // x.shape[-1] > _FEW_ROWS:
         return None
     if _is_int8(weight):
         return _weight_int8_product
     return _weight_int4_product if _is_int4(weight) else None
+
+
+def _has_product_of_codes(scheme: Scheme, device: torch.device, dtype: torch.dtype) -> bool:
+    a, b = _scaling(scheme.activation), _scaling(scheme.weight)
+    if a is None or b is None or is_mx(a) != is_mx(b):
+        return False
+    if is_mx(a):
+        return mx_mm_problem(device, a.element.name, b.element.name, dtype) is None
+    if a.element is INT8 or b.element is INT8:
+        return a.element is b.element
+    if FLOAT8_E4M3 not in (a.element, b.element) or not {a.element, b.element} <= {FLOAT8_E4M3, FLOAT8_E5M2}:
+        return False
+    rows = (ROWWISE, TENSORWISE)
+    if (a.block, b.block) != (BLOCKWISE_1X128, BLOCKWISE_128X128) and not (a.block in rows and b.block in rows):
+        return False
+    return native_scaled_mm_problem(device, a.block) is None
+
+
+def _scaling(scheme: TensorScheme | None) -> Scaling | None:
+    """The scheme as an operand of `scaled_mm`; None if it is none."""
+    if isinstance(scheme, FlatScheme) and not scheme.one_row:
+        scheme = scheme.inner
+    if isinstance(scheme, ScaledScheme):
+        return scheme.scaling
+    fmt = _format(scheme)
+    return Scaling(element=INT8, block=ROWWISE) if fmt is not None and _is_int8(fmt) else None
 
 
 def _format(scheme: TensorScheme | None) -> AffineFormat | None:
@@ -72,17 +111,16 @@ def _is_int4(fmt: AffineFormat) -> bool:
     return fmt.domain is ZeroPointDomain.FLOAT or not fmt.has_zero_point
 
 
-def _int_mm_takes(layer: "QuantizedLinear", rows: int) -> bool:
-    # Constraints of cuBLAS, as torch states them.
-    return not layer.codes.is_cuda or (rows > 16 and layer.in_features % 8 == 0 and layer.out_features % 8 == 0)
-
-
-def _int8_product(layer: "QuantizedLinear", x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    assert layer.scheme.activation is not None
-    encoded = layer.scheme.activation.encode(x)
-    sums = torch._int_mm(encoded.data.flatten(0, -2), layer.codes.t()).float()
-    values = sums * encoded.scale.reshape(-1, 1).float() * layer.scale.flatten().float()
-    return _finish(values.to(x.dtype), x, bias)
+def _product_of_codes(layer: "QuantizedLinear", x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    activation, weight = layer.scheme.activation, layer.scheme.weight
+    assert activation is not None
+    operands = []
+    for scheme, encoded in ((activation, activation.encode(x.flatten(0, -2))), (weight, layer.encoded())):
+        scaling = _scaling(scheme)
+        assert scaling is not None
+        scale = encoded.scale if encoded.scale.element_size() == 1 else encoded.scale.float()
+        operands.append(ScaledTensor(encoded.data, scale, scaling))
+    return _finish(scaled_mm(*operands, x.dtype), x, bias)
 
 
 def _weight_int8_product(layer: "QuantizedLinear", x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

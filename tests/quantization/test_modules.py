@@ -9,12 +9,16 @@ from torch import nn
 from aotrain.ops.fake_quantize import fake_quantized_linear
 from aotrain.quantization import (
     AOBaseConfig,
+    Float8DynamicActivationFloat8WeightConfig,
     Int4WeightOnlyConfig,
     Int8DynamicActivationInt8WeightConfig,
     Int8WeightOnlyConfig,
     IntxWeightOnlyConfig,
+    MXDynamicActivationMXWeightConfig,
     NVFP4WeightOnlyConfig,
+    PerBlock,
     PerGroup,
+    PerRow,
     QuantizedEmbedding,
     QuantizedLinear,
     get_scheme,
@@ -149,8 +153,8 @@ def test_embeddings_are_rows_of_the_weight(config: AOBaseConfig, dtype: torch.dt
 
 
 # SQNR in dB against the dequantized product: results have 8 bits in bfloat16, 11 in float16, and the scales of `w8` and
-# `w4` are rounded to the dtype of the input. Measured: 50.0, 67.9 and 136 dB and more.
-THRESHOLD_DB = {torch.bfloat16: 48.0, torch.float16: 65.0, torch.float32: 125.0}
+# `w4` are rounded to the dtype of the input. Measured: 48.2, 66.9 and 130 dB and more.
+THRESHOLD_DB = {torch.bfloat16: 47.0, torch.float16: 65.0, torch.float32: 125.0}
 
 
 def sqnr(want: torch.Tensor, got: torch.Tensor) -> float:
@@ -161,6 +165,10 @@ def sqnr(want: torch.Tensor, got: torch.Tensor) -> float:
 @pytest.mark.parametrize(
     "config",
     [
+        Float8DynamicActivationFloat8WeightConfig(),
+        Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()),
+        Float8DynamicActivationFloat8WeightConfig(granularity=[PerBlock([1, 128]), PerBlock([128, 128])]),
+        MXDynamicActivationMXWeightConfig(),
         Int8DynamicActivationInt8WeightConfig(),
         Int8WeightOnlyConfig(),
         Int4WeightOnlyConfig(32),
@@ -180,7 +188,9 @@ def test_fast_products_agree(config: AOBaseConfig, dtype: torch.dtype, monkeypat
         got = layer(x)
     assert got.dtype == dtype
     assert sqnr(want, got.float()) >= THRESHOLD_DB[dtype]
-    layer.scale.mul_(2)  # what was made of the old scales is not used again
+    layer.scale.mul_(2) if layer.scale.is_floating_point() else layer.scale.add_(
+        1
+    )  # what was made of the old scales is not used again
     with torch.no_grad():
         got = layer(x).float()
         products.fast_products(layer, enabled=False)
