@@ -7,7 +7,7 @@
 
 A layer that is `fast` calls the one that applies, and else multiplies by its dequantized weight as every layer does:
 when a gradient is wanted, while a graph is traced (a compiler fuses the decoding), and where a product is slower or the
-GPU does not have it. `w8` and `w4` take scales in the dtype of the input. docs/quantization.md has times.
+GPU does not have it. `w8` and `w4` take scales in the dtype of the input.
 """
 
 from collections.abc import Callable
