@@ -2,6 +2,7 @@
 
     from aotrain import convert_to_float8_training, Float8LinearConfig
     from aotrain.optim import AdamW8bit
+    from aotrain.qat import QATConfig
     from aotrain.quantization import quantize_
 
 Importing this package touches no device, compiles nothing and reads no environment. Names are loaded on first use, so
@@ -39,6 +40,7 @@ _MODULE_OF_NAME = {
     "Float8Linear": "aotrain.nn",
     "Float8LinearConfig": "aotrain.nn",
     "Float8LinearRecipeName": "aotrain.nn",
+    "QATConfig": "aotrain.qat",
     "RECIPES": "aotrain.recipes",
     "ScalingGranularity": "aotrain.nn",
     "ScalingType": "aotrain.nn",
@@ -59,6 +61,7 @@ __all__ = [
     "Float8Linear",
     "Float8LinearConfig",
     "Float8LinearRecipeName",
+    "QATConfig",
     "ScalingGranularity",
     "ScalingType",
     "__version__",
