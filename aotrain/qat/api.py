@@ -10,10 +10,10 @@ in both steps. `convert` without a base configuration puts plain layers with the
 """
 
 import warnings
-from collections.abc import Callable
 from enum import Enum
 
 import torch
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from aotrain.qat.base_config import infer_fake_quantize_configs, same_numbers
 from aotrain.qat.convert import forget_tied, layer_scheme, nothing_prepared, quantized, with_tied
@@ -21,13 +21,11 @@ from aotrain.qat.fake_quantize_config import FakeQuantizeConfig, FakeQuantizeCon
 from aotrain.qat.fake_quantizer import initialize_fake_quantizers
 from aotrain.qat.swap import FakeQuantized, fake_quantized, plain, swap
 from aotrain.quantization.configs import AOBaseConfig
-from aotrain.quantization.quantize import register_quantize_handler
+from aotrain.quantization.quantize import ModuleFilter, accepts_everything, register_quantize_handler
 from aotrain.quantization.scheme_of import scheme_of
 from aotrain.quantization.schemes import Scheme
 
 __all__ = ["FakeQuantizeConfig", "QATConfig", "QATStep", "initialize_fake_quantizers"]
-
-ModuleFilter = Callable[[torch.nn.Module, str], bool]
 
 
 class QATStep(str, Enum):  # noqa: UP042  a StrEnum prints otherwise than the one users know
@@ -133,13 +131,19 @@ def _apply(model: torch.nn.Module, config: QATConfig, filter_fn: ModuleFilter) -
     (_prepare if config.step == QATStep.PREPARE else _convert)(model, config, filter_fn)
 
 
+def is_linear(module: torch.nn.Module, fqn: str) -> bool:
+    """What is prepared, and converted, without a filter."""
+    return isinstance(module, torch.nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
+
+
 def _prepare(model: torch.nn.Module, config: QATConfig, filter_fn: ModuleFilter) -> None:
     configs = config.activation_config, config.weight_config
     if config.base_config is not None:
         configs = infer_fake_quantize_configs(config.base_config)
     replacements: dict[torch.nn.Module, torch.nn.Module] = {}
+    accepts = is_linear if filter_fn is accepts_everything else filter_fn
     for fqn, module in model.named_modules():
-        if filter_fn(module, fqn):
+        if accepts(module, fqn):
             try:
                 replacements[module] = fake_quantized(module, *configs)
             except ValueError as error:
@@ -153,11 +157,8 @@ def _prepare(model: torch.nn.Module, config: QATConfig, filter_fn: ModuleFilter)
 
 
 def _convert(model: torch.nn.Module, config: QATConfig, filter_fn: ModuleFilter) -> None:
-    layers = {
-        fqn: module
-        for fqn, module in model.named_modules()
-        if isinstance(module, FakeQuantized) and filter_fn(module, fqn)
-    }
+    accepts = is_linear if filter_fn is accepts_everything else filter_fn
+    layers = {fqn: m for fqn, m in model.named_modules() if isinstance(m, FakeQuantized) and accepts(m, fqn)}
     if not layers:
         # A filter for embeddings after one for linear layers: those that are tied have been converted with them.
         if config.base_config is not None and forget_tied(model):

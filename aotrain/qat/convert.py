@@ -25,8 +25,8 @@ _CONVERTED_WITH_TIE = "_aotrain_converted_with_tie"
 def convert_qat(model: torch.nn.Module) -> Report:
     """Quantize every fake-quantized layer by the scheme it was trained with, in place.
 
-    The converted model gives what the prepared one gave, bit for bit in integer formats as long as
-    `quantization.exact_products()` is on; torch's own integer and float8 products round otherwise.
+    The converted model gives what the prepared one gave, bit for bit, until `quantization.products.fast_products`
+    lets its layers call products of codes, which round otherwise.
 
     Args:
         model: prepared, not sharded.
@@ -77,6 +77,7 @@ def quantized(
             new._buffers.update(first._buffers)
         if getattr(module, _CONVERTED_WITH_TIE, False):
             setattr(new, _CONVERTED_WITH_TIE, True)
+        new.__dict__.update({name: hooks for name, hooks in vars(module).items() if "_hooks" in name})
         result[module] = new
     return result
 

@@ -65,7 +65,8 @@ class FakeQuantizedEmbedding(torch.nn.Embedding):
     def to_embedding(self) -> torch.nn.Embedding:
         """The plain embedding with the same Parameter object, in high precision."""
         new = clone_as(self, torch.nn.Embedding)
-        del new._modules["weight_fake_quantizer"]
+        for contents in (new._modules, new.__dict__):  # None is a plain attribute
+            contents.pop("weight_fake_quantizer", None)
         return new
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:

@@ -75,7 +75,8 @@ class FakeQuantizedLinear(torch.nn.Linear):
         """The plain layer with the same Parameter objects, in high precision."""
         new = clone_as(self, torch.nn.Linear)
         for name in ("activation_fake_quantizer", "weight_fake_quantizer"):
-            del new._modules[name]
+            for contents in (new._modules, new.__dict__):  # None is a plain attribute
+                contents.pop(name, None)
         return new
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
