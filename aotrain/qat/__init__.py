@@ -16,14 +16,6 @@ from aotrain.qat.api import (
 from aotrain.qat.convert import convert_qat
 from aotrain.qat.distill import distillation_loss
 from aotrain.qat.embedding import FakeQuantizedEmbedding
-from aotrain.qat.fake_quantize_config import (
-    FakeQuantizeConfig,
-    FakeQuantizeConfigBase,
-    Float8FakeQuantizeConfig,
-    Int4WeightFakeQuantizeConfig,
-    IntxFakeQuantizeConfig,
-    SchemeFakeQuantizeConfig,
-)
 from aotrain.qat.fake_quantizer import (
     FakeQuantizer,
     FakeQuantizerBase,
@@ -33,9 +25,17 @@ from aotrain.qat.fake_quantizer import (
     initialize_fake_quantizers,
 )
 from aotrain.qat.linear import FakeQuantizedLinear, MXFakeQuantizedLinear, NVFP4FakeQuantizedLinear
-from aotrain.qat.mx_fake_quantize_config import MXFakeQuantizeConfig, NVFP4FakeQuantizeConfig
+from aotrain.qat.mx_config import MXFakeQuantizeConfig, NVFP4FakeQuantizeConfig
 from aotrain.qat.prepare import prepare_qat
 from aotrain.qat.schedule import QATSchedule
+from aotrain.qat.tensor_config import (
+    FakeQuantizeConfig,
+    FakeQuantizeConfigBase,
+    Float8FakeQuantizeConfig,
+    Int4WeightFakeQuantizeConfig,
+    IntxFakeQuantizeConfig,
+    SchemeFakeQuantizeConfig,
+)
 from aotrain.qat.two_step import (
     ComposableQATQuantizer,
     Float8ActInt4WeightQATQuantizer,

@@ -15,11 +15,11 @@ from enum import Enum
 import torch
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from aotrain.qat.base_config import infer_fake_quantize_configs, same_numbers
 from aotrain.qat.convert import forget_tied, layer_scheme, nothing_prepared, quantized, with_tied
-from aotrain.qat.fake_quantize_config import FakeQuantizeConfig, FakeQuantizeConfigBase
+from aotrain.qat.fake_quantize_config import infer_fake_quantize_configs, same_numbers
 from aotrain.qat.fake_quantizer import initialize_fake_quantizers
 from aotrain.qat.swap import FakeQuantized, fake_quantized, plain, swap
+from aotrain.qat.tensor_config import FakeQuantizeConfig, FakeQuantizeConfigBase
 from aotrain.quantization.configs import AOBaseConfig
 from aotrain.quantization.quantize import ModuleFilter, accepts_everything, register_quantize_handler
 from aotrain.quantization.scheme_of import scheme_of

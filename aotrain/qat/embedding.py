@@ -9,8 +9,8 @@ from typing import Any, Self
 import torch
 
 from aotrain.nn.float8_linear import clone_as
-from aotrain.qat.fake_quantize_config import FakeQuantizeConfigBase, IntxFakeQuantizeConfig
 from aotrain.qat.fake_quantizer import FakeQuantizerBase, is_row_local
+from aotrain.qat.tensor_config import FakeQuantizeConfigBase, IntxFakeQuantizeConfig
 
 
 class FakeQuantizedEmbedding(torch.nn.Embedding):

@@ -19,13 +19,13 @@ import torch
 from aotrain.formats import AffineFormat, AffineTensor
 from aotrain.ops.fake_quantize import FakeQuantizer as Arithmetic
 from aotrain.ops.fake_quantize import fake_quantize
-from aotrain.qat.fake_quantize_config import (
+from aotrain.qat.learned_range import SCALE_MIN, effective_range, fake_quantize_learned
+from aotrain.qat.tensor_config import (
     FakeQuantizeConfigBase,
     Float8FakeQuantizeConfig,
     Int4WeightFakeQuantizeConfig,
     IntxFakeQuantizeConfig,
 )
-from aotrain.qat.learned_range import SCALE_MIN, effective_range, fake_quantize_learned
 from aotrain.quantization.schemes import AffineScheme, Int4Float8Scheme, Q40Scheme, ScaledScheme, TensorScheme
 
 

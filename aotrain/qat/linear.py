@@ -17,9 +17,9 @@ from aotrain.formats import ZeroPointDomain
 from aotrain.nn.float8_linear import clone_as
 from aotrain.ops.fake_quantize import fake_quantized_linear
 from aotrain.qat.embedding import int4_group_config
-from aotrain.qat.fake_quantize_config import FakeQuantizeConfigBase, IntxFakeQuantizeConfig
 from aotrain.qat.fake_quantizer import FakeQuantizerBase, is_row_local
-from aotrain.qat.mx_fake_quantize_config import MXFakeQuantizeConfig, NVFP4FakeQuantizeConfig
+from aotrain.qat.mx_config import MXFakeQuantizeConfig, NVFP4FakeQuantizeConfig
+from aotrain.qat.tensor_config import FakeQuantizeConfigBase, IntxFakeQuantizeConfig
 from aotrain.quantization.granularity import PerGroup
 
 

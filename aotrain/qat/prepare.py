@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 
 from aotrain.nn.report import Report, ReportRow, attach_report
-from aotrain.qat.fake_quantize_config import SchemeFakeQuantizeConfig
 from aotrain.qat.linear import FakeQuantizedLinear
 from aotrain.qat.swap import FakeQuantized, fake_quantized, swap, unsupported
+from aotrain.qat.tensor_config import SchemeFakeQuantizeConfig
 from aotrain.qat.ties import Tie, find_ties
 from aotrain.quantization.schemes import Scheme, get_scheme
 

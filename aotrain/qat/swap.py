@@ -7,9 +7,9 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from aotrain.nn import Float8Linear, NVFP4Linear
 from aotrain.qat.embedding import FakeQuantizedEmbedding
-from aotrain.qat.fake_quantize_config import FakeQuantizeConfigBase
 from aotrain.qat.linear import FakeQuantizedLinear, MXFakeQuantizedLinear, NVFP4FakeQuantizedLinear
-from aotrain.qat.mx_fake_quantize_config import MXFakeQuantizeConfig, NVFP4FakeQuantizeConfig
+from aotrain.qat.mx_config import MXFakeQuantizeConfig, NVFP4FakeQuantizeConfig
+from aotrain.qat.tensor_config import FakeQuantizeConfigBase
 
 FakeQuantized = FakeQuantizedLinear | FakeQuantizedEmbedding
 _LINEAR_CLASSES: dict[type, type[FakeQuantizedLinear]] = {

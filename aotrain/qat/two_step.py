@@ -21,7 +21,6 @@ import torch
 
 from aotrain.qat.convert import nothing_prepared, quantized
 from aotrain.qat.embedding import FakeQuantizedEmbedding, Int4WeightOnlyQATEmbedding, int4_group_config
-from aotrain.qat.fake_quantize_config import FakeQuantizeConfigBase, Float8FakeQuantizeConfig, IntxFakeQuantizeConfig
 from aotrain.qat.linear import (
     FakeQuantizedLinear,
     Int4WeightOnlyQATLinear,
@@ -30,6 +29,7 @@ from aotrain.qat.linear import (
     uint4_group_config,
 )
 from aotrain.qat.swap import swap, unsupported
+from aotrain.qat.tensor_config import FakeQuantizeConfigBase, Float8FakeQuantizeConfig, IntxFakeQuantizeConfig
 
 
 class TwoStepQuantizer(ABC):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from aotrain.nn import KernelPreference, ScaleCalculationMode
-from aotrain.qat.fake_quantize_config import FakeQuantizeConfigBase
+from aotrain.qat.tensor_config import FakeQuantizeConfigBase
 from aotrain.quantization.float_configs import (
     MXDynamicActivationMXWeightConfig,
     NVFP4DynamicActivationNVFP4WeightConfig,
