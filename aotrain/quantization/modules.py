@@ -97,7 +97,10 @@ class QuantizedModule(torch.nn.Module):
         kept = {name: buffer for name in _BUFFERS if (buffer := self._buffers[name]) is not None}
         for name in kept:
             self._buffers[name] = None
-        super()._apply(fn, recurse)
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._buffers.update(kept)
         for name, buffer in kept.items():
             moved = fn(buffer)
             self._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)

@@ -31,7 +31,7 @@ from aotrain.formats import (
     is_mx,
 )
 from aotrain.kernels import mx_mm_problem, native_scaled_mm_problem, scaled_mm
-from aotrain.quantization.schemes import AffineScheme, FlatScheme, ScaledScheme, Scheme, TensorScheme
+from aotrain.quantization.schemes import AffineScheme, Encoded, FlatScheme, ScaledScheme, Scheme, TensorScheme
 
 if TYPE_CHECKING:
     from aotrain.quantization.modules import QuantizedLinear
@@ -114,13 +114,16 @@ def _is_int4(fmt: AffineFormat) -> bool:
 def _product_of_codes(layer: "QuantizedLinear", x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     activation, weight = layer.scheme.activation, layer.scheme.weight
     assert activation is not None
-    operands = []
-    for scheme, encoded in ((activation, activation.encode(x.flatten(0, -2))), (weight, layer.encoded())):
-        scaling = _scaling(scheme)
-        assert scaling is not None
-        scale = encoded.scale if encoded.scale.element_size() == 1 else encoded.scale.float()
-        operands.append(ScaledTensor(encoded.data, scale, scaling))
-    return _finish(scaled_mm(*operands, x.dtype), x, bias)
+    a = _operand(activation, activation.encode(x.flatten(0, -2)))
+    return _finish(scaled_mm(a, _operand(weight, layer.encoded()), x.dtype), x, bias)
+
+
+def _operand(scheme: TensorScheme, encoded: Encoded) -> ScaledTensor:
+    scaling = _scaling(scheme)
+    assert scaling is not None
+    # Scales of int8 codes are in the dtype of the weight.
+    scale = encoded.scale if encoded.scale.element_size() == 1 else encoded.scale.float()
+    return ScaledTensor(encoded.data, scale, scaling)
 
 
 def _weight_int8_product(layer: "QuantizedLinear", x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
