@@ -198,7 +198,8 @@ def test_scales_of_another_dtype_equal_the_peers(dtype: torch.dtype, scale_dtype
     peers.quantize_(layer, peers.IntxWeightOnlyConfig(torch.int4, peers.PerGroup(32), scale_dtype=scale_dtype))
     scheme = scheme_of(IntxWeightOnlyConfig(torch.int4, PerGroup(32), scale_dtype=scale_dtype))
     if torch.promote_types(dtype, scale_dtype) == scale_dtype:
-        return _same(scheme, w, layer.weight)
+        _same(scheme, w, layer.weight)
+        return
     # A scale narrower than the weight is inverted in the wider dtype here, in its own there: codes near ties differ,
     # and those here are the nearer ones.
     encoded = scheme.weight.encode(w)
