@@ -12,7 +12,7 @@ import torch
 from aotrain.nn.report import Report, ReportRow, attach_report
 from aotrain.qat.fake_quantizer import FakeQuantizerBase, is_row_local
 from aotrain.qat.linear import FakeQuantizedLinear
-from aotrain.qat.swap import FakeQuantized, plain, swap
+from aotrain.qat.swap import FakeQuantized, swap
 from aotrain.qat.ties import find_ties
 from aotrain.quantization.modules import QuantizedEmbedding, QuantizedLinear, QuantizedModule
 from aotrain.quantization.schemes import SCHEMES, FlatScheme, Scheme, TensorScheme
@@ -128,9 +128,9 @@ def _quantized(fqn: str, module: FakeQuantized, scheme: Scheme | None) -> Quanti
         raise ValueError(f"Converting got {fqn!r} with a range to learn that was never initialized; train it first.")
     if not isinstance(module, FakeQuantizedLinear):
         weight_only = own if scheme is None else Scheme("", scheme.weight)
-        return QuantizedEmbedding.from_embedding(plain(module), weight_only, **given)
+        return QuantizedEmbedding.from_embedding(module.to_embedding(), weight_only, **given)
     _check_activation(fqn, module.activation_fake_quantizer)
-    return QuantizedLinear.from_linear(plain(module), own if scheme is None else scheme, **given)
+    return QuantizedLinear.from_linear(module.to_linear(), own if scheme is None else scheme, **given)
 
 
 def _check_activation(fqn: str, quantizer: FakeQuantizerBase | None) -> None:
@@ -151,8 +151,7 @@ def _check_tie(
                 "both (prepare_qat(..., embeddings=True)), or neither, or give them weights of their own."
             )
         mine, theirs = module.weight_fake_quantizer, layers[name].weight_fake_quantizer
-        alike = mine is not None and theirs is not None and mine.scheme == theirs.scheme
-        if not alike or mine.is_learned or theirs.is_learned:
+        if mine is None or theirs is None or mine.scheme != theirs.scheme or mine.is_learned or theirs.is_learned:
             raise ValueError(
                 f"Converting got {fqn!r} and {name!r}, which share one weight but not its quantization: "
                 f"{mine} and {theirs}; want one configuration, with scales that are not learned."

@@ -91,6 +91,8 @@ class _ForwardKL(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(  # pyrefly: ignore[bad-override]  the decorator hides the signature
+        ctx: Any, *grads: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
         return (grad * grads[0].to(grad.dtype)).to(grad.dtype), None, None, None, None

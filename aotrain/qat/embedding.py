@@ -10,7 +10,7 @@ import torch
 
 from aotrain.nn.float8_linear import clone_as
 from aotrain.qat.fake_quantizer import FakeQuantizerBase, is_row_local
-from aotrain.qat.tensor_config import FakeQuantizeConfigBase, IntxFakeQuantizeConfig
+from aotrain.qat.tensor_config import INT4, FakeQuantizeConfigBase, IntxFakeQuantizeConfig
 
 
 class FakeQuantizedEmbedding(torch.nn.Embedding):
@@ -142,7 +142,7 @@ def int4_group_config(
 ) -> IntxFakeQuantizeConfig:
     """Symmetric int4 in groups."""
     return IntxFakeQuantizeConfig(
-        torch.int4,
+        INT4,
         group_size=group_size,
         scale_precision=scale_precision,
         zero_point_precision=zero_point_precision,

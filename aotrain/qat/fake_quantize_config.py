@@ -21,6 +21,7 @@ import torch
 from aotrain.formats import MappingType
 from aotrain.qat.mx_config import MXFakeQuantizeConfig, NVFP4FakeQuantizeConfig
 from aotrain.qat.tensor_config import (
+    INT4,
     FakeQuantizeConfig,
     FakeQuantizeConfigBase,
     Float8FakeQuantizeConfig,
@@ -95,7 +96,7 @@ def _named(base: Any) -> Configs | None:
             weight = _intx(base.weight_dtype, base.weight_granularity, mapping, scale_dtype)
             return None if weight is None else (_int8_tokens(), weight)
         case Int8DynamicActivationInt4WeightConfig():
-            weight = _intx(torch.int4, PerGroup(base.group_size), base.mapping_type, None)
+            weight = _intx(INT4, PerGroup(base.group_size), base.mapping_type, None)
             return None if weight is None else (_int8_tokens(), weight)
         case Float8DynamicActivationFloat8WeightConfig():
             return _float8(base)
@@ -140,5 +141,6 @@ def _schemes(configs: Configs) -> tuple[TensorScheme | None, TensorScheme]:
 
 def _inner(activation: TensorScheme | None) -> TensorScheme | None:
     """Fake quantizers take leading dimensions for rows of one matrix, as this wrapper does."""
-    is_flat = isinstance(activation, FlatScheme) and not activation.one_row
-    return activation.inner if is_flat else activation
+    if isinstance(activation, FlatScheme) and not activation.one_row:
+        return activation.inner
+    return activation

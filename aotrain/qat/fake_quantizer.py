@@ -117,7 +117,7 @@ class IntxFakeQuantizer(FakeQuantizerBase):
             configuration's `zero_point_precision` if it is one, else float32.
     """
 
-    config: IntxFakeQuantizeConfig
+    config: IntxFakeQuantizeConfig  # pyrefly: ignore[bad-override-mutable-attribute]
 
     def __init__(self, config: IntxFakeQuantizeConfig) -> None:
         super().__init__(config)
@@ -179,7 +179,9 @@ class IntxFakeQuantizer(FakeQuantizerBase):
         precision = self.config.zero_point_precision
         self.zero_point = torch.nn.Parameter(zero_point.to(precision if precision.is_floating_point else torch.float32))
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(  # pyrefly: ignore[bad-override]
+        self, state_dict: dict[str, Any], prefix: str, *args: Any
+    ) -> None:
         scale = state_dict.get(f"{prefix}scale")
         if self.is_learned and self.scale is None and scale is not None:  # a checkpoint is an initialization
             # Those of symmetric mappings are the same for any tensor, and not in the checkpoint.

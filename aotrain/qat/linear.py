@@ -19,7 +19,7 @@ from aotrain.ops.fake_quantize import fake_quantized_linear
 from aotrain.qat.embedding import int4_group_config
 from aotrain.qat.fake_quantizer import FakeQuantizerBase, is_row_local
 from aotrain.qat.mx_config import MXFakeQuantizeConfig, NVFP4FakeQuantizeConfig
-from aotrain.qat.tensor_config import FakeQuantizeConfigBase, IntxFakeQuantizeConfig
+from aotrain.qat.tensor_config import UINT4, FakeQuantizeConfigBase, IntxFakeQuantizeConfig
 from aotrain.quantization.granularity import PerGroup
 
 
@@ -241,7 +241,7 @@ def int8_token_config() -> IntxFakeQuantizeConfig:
 def uint4_group_config(group_size: int, precision: torch.dtype) -> IntxFakeQuantizeConfig:
     """4 bits in groups, with zero points that are values."""
     return IntxFakeQuantizeConfig(
-        torch.uint4,
+        UINT4,
         group_size=group_size,
         is_symmetric=False,
         scale_precision=precision,
@@ -305,6 +305,7 @@ def _can_fuse(quantizer: torch.nn.Module | None) -> bool:
 
 
 def _check_group_size(in_features: int, config: FakeQuantizeConfigBase | None) -> None:
-    in_groups = isinstance(config, IntxFakeQuantizeConfig) and isinstance(config.granularity, PerGroup)
-    if in_groups and in_features % config.group_size:
+    if not (isinstance(config, IntxFakeQuantizeConfig) and isinstance(config.granularity, PerGroup)):
+        return
+    if in_features % config.group_size:
         raise ValueError(f"in_features ({in_features}) % group_size ({config.group_size}) must be == 0")

@@ -77,8 +77,8 @@ def prepare_qat(
         configs = (
             None if tensor is None else SchemeFakeQuantizeConfig(tensor) for tensor in (activation, scheme.weight)
         )
-        replacements[module] = fake_quantized(module, *configs)
-        rows.append(ReportRow(fqn, "converted", _description(replacements[module])))
+        replacements[module] = new = fake_quantized(module, *configs)
+        rows.append(ReportRow(fqn, "converted", _description(new)))
     report = Report(f"QAT {scheme.name or scheme.weight}", tuple(rows))
     if not replacements:
         raise ValueError(f"prepare_qat found no layer to prepare: {report}")
@@ -126,13 +126,16 @@ class _Request:
             return "excluded"
         if isinstance(layer, torch.nn.Embedding) and not self.embeddings:
             return "embeddings=True would quantize both"
-        problem = unsupported(layer) or self.scheme.weight.problem(tuple(layer.weight.shape))
+        problem = unsupported(layer)
+        if problem is None:
+            assert isinstance(layer.weight, torch.nn.Parameter)
+            problem = self.scheme.weight.problem(tuple(layer.weight.shape))
         if problem is None and self.scheme.activation is not None and isinstance(layer, torch.nn.Linear):
             problem = self.scheme.activation.problem((1, layer.in_features))
         return problem
 
 
-def _description(module: torch.nn.Module) -> str:
+def _description(module: FakeQuantized) -> str:
     rows, columns = module.weight.shape
     if not isinstance(module, FakeQuantizedLinear):
         return f"table, {rows} x {columns}"

@@ -38,6 +38,8 @@ INTEGER_BOUNDS = {torch.int8: _INT_BOUNDS[torch.int8], torch.uint8: _UINT_BOUNDS
     **_UINT_BOUNDS,
 }
 _PER_ROW = PerRow()
+# Type checkers do not know these dtypes of torch.
+INT4, UINT4 = (getattr(torch, name) for name in ("int4", "uint4"))
 _NAMED_GRANULARITIES = ("per_token", "per_channel", "per_group")
 
 

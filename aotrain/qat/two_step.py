@@ -29,7 +29,7 @@ from aotrain.qat.linear import (
     uint4_group_config,
 )
 from aotrain.qat.swap import swap, unsupported
-from aotrain.qat.tensor_config import FakeQuantizeConfigBase, Float8FakeQuantizeConfig, IntxFakeQuantizeConfig
+from aotrain.qat.tensor_config import INT4, FakeQuantizeConfigBase, Float8FakeQuantizeConfig, IntxFakeQuantizeConfig
 
 
 class TwoStepQuantizer(ABC):
@@ -189,7 +189,7 @@ class Float8ActInt4WeightQATQuantizer(_LinearQuantizer):
     def get_weight_fake_quantize_config(self) -> IntxFakeQuantizeConfig:
         if self.group_size is not None:
             return int4_group_config(self.group_size, self.scale_precision)
-        return IntxFakeQuantizeConfig(torch.int4, "per_channel", scale_precision=self.scale_precision)
+        return IntxFakeQuantizeConfig(INT4, "per_channel", scale_precision=self.scale_precision)
 
 
 class Int4WeightOnlyEmbeddingQATQuantizer(TwoStepQuantizer):
