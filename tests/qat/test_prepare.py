@@ -193,3 +193,14 @@ def test_kept_scales_are_converted():
     prepared = model(x)
     convert_qat(model)
     assert torch.equal(model(x), prepared)
+
+
+def test_compiled_is_eager():
+    model = Model()
+    prepare_qat(model, "int4-g32-a8", exclude=(), embeddings=True)
+    want = model(tokens())
+    grads = torch.autograd.grad(want.square().mean(), model.parameters())
+    got = torch.compile(model, backend="aot_eager", fullgraph=True)(tokens())
+    assert torch.equal(got, want)
+    for mine, eager in zip(torch.autograd.grad(got.square().mean(), model.parameters()), grads, strict=True):
+        assert torch.equal(mine, eager)
