@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from aotrain.nn.grouped_mm_mode import GroupedMMInterception, find_grouped_mms
-from aotrain.ops import Nvfp4Method
+from aotrain.ops.scaled_grouped_mm import GroupedMethod
 from aotrain.recipes import LinearRecipe
 
 _SCALING = "_aotrain_expert_scaling"
@@ -34,7 +34,7 @@ class ExpertScaling:
         fqn: name at conversion, for messages.
     """
 
-    recipe: LinearRecipe | Nvfp4Method
+    recipe: GroupedMethod
     emulate: bool = False
     fqn: str = ""
 

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from aotrain.ops import Nvfp4Method, scaled_grouped_mm
-from aotrain.recipes import LinearRecipe
+from aotrain.ops.scaled_grouped_mm import GroupedMethod, scaled_grouped_mm
 
 # Functions that multiply groups of rows. torch.nn.functional.grouped_mm calls the first one.
 _GROUPED_MM: list[Callable[..., Any]] = [
@@ -55,7 +54,7 @@ class GroupedMMInterception(TorchFunctionMode):
     def __init__(
         self,
         weights: Iterable[torch.Tensor],
-        recipe: LinearRecipe | Nvfp4Method,
+        recipe: GroupedMethod,
         *,
         inputs: Iterable[Any] = (),
         emulate: bool = False,

@@ -15,6 +15,7 @@ from aotrain.nn.experts import ExpertScaling, expert_scaling, expert_weights, sc
 from aotrain.nn.filters import ModuleFilter
 from aotrain.nn.report import Report, ReportRow, attach_report
 from aotrain.ops import Nvfp4Method, grouped_recipe
+from aotrain.ops.fake_quantized_grouped_mm import FakeQuantizedMethod
 from aotrain.recipes import LinearRecipe
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ def convert_moe_training(
     for fqn, candidate in module.named_modules():
         if not may_be_experts(candidate):
             continue
-        problem = _problem(candidate, fqn, module_filter_fn)
+        problem = experts_problem(candidate, fqn, module_filter_fn)
         if problem is not None:
             rows.append(ReportRow(fqn, "skipped", problem))
             continue
@@ -101,8 +102,14 @@ def may_be_experts(module: torch.nn.Module) -> bool:
     return any(weight.dim() == 3 and weight.is_floating_point() for weight in expert_weights(module).values())
 
 
-def _problem(module: torch.nn.Module, fqn: str, module_filter_fn: ModuleFilter | None) -> str | None:
-    """Why a module with 3-D parameters is not converted."""
+def experts_problem(module: torch.nn.Module, fqn: str, module_filter_fn: ModuleFilter | None) -> str | None:
+    """Why a module with 3-D parameters is not converted; None when it is.
+
+    Args:
+        module: which `may_be_experts`.
+        fqn: its dotted name.
+        module_filter_fn: see `convert_moe_training`.
+    """
     if type(module).__module__.startswith("torch.nn."):
         return f"{type(module).__name__} has no grouped GEMM"
     if module_filter_fn is not None:
@@ -110,6 +117,9 @@ def _problem(module: torch.nn.Module, fqn: str, module_filter_fn: ModuleFilter |
             return "rejected by the filter"
     elif expert_scaling(module) is None and all(w.shape[0] == 1 for w in _three_dimensional(module).values()):
         return "a single group; name it with module_filter_fn if it is an expert"
+    scaling = expert_scaling(module)
+    if scaling is not None and isinstance(scaling.recipe, FakeQuantizedMethod):
+        return "prepared for QAT; unprepare_moe_qat goes back"
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance; convert before that (before accelerate prepares the model)"
     return None

@@ -28,9 +28,13 @@ from aotrain.kernels.scaled_grouped_mm import (
     scaled_grouped_mm_contracted,
 )
 from aotrain.kernels.scaled_grouped_mm import scaled_grouped_mm as scaled_product
+from aotrain.ops.fake_quantized_grouped_mm import FakeQuantizedMethod, fake_quantized_grouped_mm
 from aotrain.ops.grouped_operands import bias_gradient, bias_of_rows, check_grouped
 from aotrain.ops.nvfp4_grouped_mm import Nvfp4Method, nvfp4_grouped_mm
 from aotrain.recipes import LinearRecipe, get_recipe
+
+# How groups of rows are multiplied.
+GroupedMethod = LinearRecipe | Nvfp4Method | FakeQuantizedMethod
 
 # Columns that hardware wants a group of a transposed 8-bit operand to start at a multiple of: 16 bytes.
 _ALIGN = 16
@@ -59,7 +63,7 @@ def scaled_grouped_mm(
     x: torch.Tensor,
     weight: torch.Tensor,
     offsets: torch.Tensor,
-    recipe: LinearRecipe | Nvfp4Method,
+    recipe: GroupedMethod,
     *,
     bias: torch.Tensor | None = None,
     emulate: bool = False,
@@ -72,8 +76,8 @@ def scaled_grouped_mm(
         x: [M, K], float32, bfloat16 or float16, rows sorted by group.
         weight: [E, K, N], any of these dtypes and any strides: fast for the transposed view of an [E, N, K] parameter.
         offsets: int32 [E] on x's device: the row after the last of each group, in order, the last one at most M.
-        recipe: formats of the three products, the same as for linear layers; or an `Nvfp4Method`, for which see
-            `aotrain.ops.nvfp4_grouped_mm`.
+        recipe: formats of the three products, the same as for linear layers; or an `Nvfp4Method` or a
+            `FakeQuantizedMethod`, for which see `aotrain.ops.nvfp4_grouped_mm` and `fake_quantized_grouped_mm`.
         bias: None, [N], or [E, N] for one per group; added in the output's dtype.
         emulate: compute low-precision products in bfloat16 arithmetic even on hardware that has them.
 
@@ -91,6 +95,10 @@ def scaled_grouped_mm(
     """
     if isinstance(recipe, Nvfp4Method):
         return nvfp4_grouped_mm(x, weight, offsets, recipe, bias=bias)
+    if isinstance(recipe, FakeQuantizedMethod):
+        activation = None if recipe.activation is None else recipe.activation.arithmetic(x)
+        weight_quantizer = None if recipe.weight is None else recipe.weight.arithmetic(weight.mT)
+        return fake_quantized_grouped_mm(x, weight, offsets, activation, weight_quantizer, bias=bias)
     check_grouped(x, weight, offsets, bias)
     _check_recipe(recipe)
     if torch.is_autocast_enabled(x.device.type):
