@@ -50,9 +50,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of qat_lora.csv")
     parser.add_argument("--scheme", default="int2-g32")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the adapters and their data")
-    parser.add_argument("--base-steps", type=int, default=800)
-    parser.add_argument("--adapter-steps", type=int, default=150)
-    parser.add_argument("--hidden-size", type=int, default=192)
+    parser.add_argument("--base-steps", type=int, default=500)
+    parser.add_argument("--adapter-steps", type=int, default=120)
+    parser.add_argument("--hidden-size", type=int, default=128)
     options = parser.parse_args(arguments)
     scheme, text = get_scheme(options.scheme), standard_library()
     command = shlex.join(["python", "-m", "benchmarks.qat_lora", *(sys.argv[1:] if arguments is None else arguments)])
@@ -139,14 +139,14 @@ def quantize_weights(model: torch.nn.Module, scheme: Scheme) -> None:
 
 
 def small_llama(hidden_size: int) -> LlamaForCausalLM:
-    """A byte-level Llama of three layers, random weights."""
+    """A byte-level Llama of two layers, random weights."""
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=256,
             hidden_size=hidden_size,
             intermediate_size=hidden_size * 8 // 3 // 32 * 32,
-            num_hidden_layers=3,
+            num_hidden_layers=2,
             num_attention_heads=hidden_size // 64,
             num_key_value_heads=hidden_size // 64,
             max_position_embeddings=CONTEXT,
