@@ -192,6 +192,14 @@ class QATLoraLinear(LoraLinear):
             return fake_quantized_linear(x, base.weight, base.bias, activation, weight)
         return fake_quantized_lora(x, base.weight, base.bias, *self._factors(active[0]), activation, weight)
 
+    def served_weight(self) -> torch.Tensor:
+        """What is quantized now, [N, K] without gradient: W + s B A of the active adapter."""
+        base: Any = self.get_base_layer()
+        active = [adapter for adapter in self.active_adapters if adapter in self.lora_A]
+        if self.merged or self.disable_adapters or not active:
+            return base.weight.detach()
+        return merged_weight(base.weight, *self._factors(active[0])).detach()
+
     def _factors(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor, float]:
         """A [r, K], B [N, r] and the scaling of their product."""
         down: Any = self.lora_A[adapter]

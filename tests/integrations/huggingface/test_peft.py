@@ -12,9 +12,11 @@ from transformers import LlamaForCausalLM
 
 from aotrain.integrations.huggingface.peft import QATLoraLinear, qat_lora_config, unseen_linears
 from aotrain.ops.fake_quantized_lora import merged_weight
+from aotrain.qat.fused_scales import share_global_scales
 from aotrain.qat.scheme_fake_quantizer import SchemeFakeQuantizer
 from aotrain.quantization import get_scheme
-from aotrain.quantization.schemes import TensorScheme
+from aotrain.quantization.fused_groups import shared_global_scale
+from aotrain.quantization.schemes import Nvfp4Scheme, TensorScheme
 from aotrain.testing import assert_bitwise_equal
 from tests.integrations.huggingface.tiny import tiny_llama
 
@@ -183,6 +185,33 @@ def test_prepared_layers_bring_their_scheme():
     assert not torch.equal(loss(copied), before)
     # The merged layers are prepared ones still.
     assert torch.equal(loss(model.merge_and_unload()), before)
+
+
+@pytest.mark.parametrize("prepared", [False, True], ids=["plain", "prepared"])
+def test_fused_layers_share_the_global_scale_of_their_merged_weights(prepared: bool):
+    base = prepared_llama("nvfp4") if prepared else tiny_llama()
+    targets = ["q_proj", "k_proj", "gate_proj"]
+    config = qat_lora_config(settings(target_modules=targets), None if prepared else "nvfp4")
+    model = get_peft_model(base, config)
+    groups = share_global_scales(model)
+    names = [{name.rpartition(".")[2] for name in group} for group in groups]
+    joined = [{"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}] if prepared else [{"q_proj", "k_proj"}]
+    assert all(each in names for each in joined)
+    for layer in layers(model):
+        torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.05)
+    attention = model.base_model.model.model.layers[0].self_attn
+    x = torch.randn(3, 64)
+    before = attention.q_proj(x)
+    members = [attention.q_proj.served_weight(), attention.k_proj.served_weight()]
+    members += [attention.v_proj.weight.detach()] if prepared else []
+    encoded = Nvfp4Scheme().encode(members[0], global_scale=shared_global_scale(each.abs().amax() for each in members))
+    assert torch.equal(before, torch.nn.functional.linear(x, Nvfp4Scheme().decode(encoded, torch.float32)))
+    torch.nn.init.constant_(attention.k_proj.lora_B["default"].weight, 3.0)
+    after = attention.q_proj(x)
+    assert not torch.equal(after, before)
+    if prepared:
+        merged = model.merge_and_unload()
+        assert torch.equal(merged.model.layers[0].self_attn.q_proj(x), after)
 
 
 def test_layers_that_nothing_quantizes_are_named():
