@@ -29,7 +29,7 @@ class ExpertScaling:
     """How a converted module computes.
 
     Attributes:
-        recipe: formats of the three products of every grouped GEMM.
+        recipe: formats of the three products of every grouped GEMM, or another method.
         emulate: see `aotrain.ops.scaled_grouped_mm`.
         fqn: name at conversion, for messages.
     """

@@ -42,7 +42,7 @@ class GroupedMMInterception(TorchFunctionMode):
 
     Args:
         weights: parameters; DTensors and tensors that FSDP2 gathered included.
-        recipe: formats of the three products.
+        recipe: formats of the three products, or another method.
         inputs: what the forward is called with.
         emulate: see `scaled_grouped_mm`.
 
