@@ -1,0 +1,89 @@
+"""What an export format is: how an encoded weight is stored, how it is read back, and what the configuration says."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from aotrain.quantization.schemes import Encoded, Scheme
+
+# Reads one stored tensor by name.
+Reader = Callable[[str], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A linear layer that is exported quantized.
+
+    Attributes:
+        name: of the module; its weight's key is `name.weight`.
+        shape: (out_features, in_features).
+        dtype: of the model when it is served: what weights decode to.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    dtype: torch.dtype
+
+    @property
+    def key(self) -> str:
+        """Key of the weight in the source."""
+        return f"{self.name}.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is written.
+
+    Attributes:
+        scheme: with scales in the dtype in which they are stored.
+        layers: the quantized layers by key of their weight.
+        ignored: names of linear layers that stay as they are, the tied output layer among them.
+        keys: of all tensors of the source.
+    """
+
+    scheme: Scheme
+    layers: Mapping[str, Layer]
+    ignored: tuple[str, ...]
+    keys: tuple[str, ...]
+
+
+class ExportFormat(ABC):
+    """A file layout. Stateless; one instance per format, in `aotrain.export.table`."""
+
+    # As the command names it.
+    name: str
+
+    @abstractmethod
+    def refusal(self, scheme: Scheme) -> str | None:
+        """Why the format cannot carry a scheme, with the remedy; None when it can."""
+
+    def refusal_of_plan(self, plan: Plan) -> str | None:
+        """Why the format's readers would get this checkpoint wrong; None when they do not."""
+        return None
+
+    def served_dtype(self, source: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
+        """Dtype of the exported model, from that of the source and the one asked for.
+
+        Raises:
+            ValueError: a dtype that cannot hold the format's values.
+        """
+        return dtype or source
+
+    @abstractmethod
+    def pack(self, layer: Layer, scheme: Scheme, encoded: Encoded) -> dict[str, torch.Tensor]:
+        """Stored tensors by key."""
+
+    @abstractmethod
+    def decode(self, layer: Layer, scheme: Scheme, read: Reader) -> torch.Tensor:
+        """The weight in `layer.dtype` from stored tensors, by code that shares nothing with `pack`."""
+
+    @abstractmethod
+    def update_config(self, config: dict[str, Any], plan: Plan) -> None:
+        """Describe the quantization in the contents of config.json, in place."""
+
+    def metadata(self, plan: Plan) -> dict[str, str]:
+        """Strings for the header of every file."""
+        return {"format": "pt"}

@@ -1,0 +1,277 @@
+"""export: a dense checkpoint folder in, a folder that servers read out, one tensor in memory at a time.
+
+Every weight goes through `scheme.weight.encode` and a format's `pack`, nothing else; what servers see is then read back
+from the files and compared with what training saw, `scheme.weight.values(weight)`, bit for bit. The folder is written
+under another name beside its destination and renamed at the end.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aotrain.export.base import ExportFormat, Layer, Plan
+from aotrain.export.checkpoint import INDEX, PICKLED, SINGLE, Checkpoint, open_safetensors
+from aotrain.export.gguf_grid import GgufGrid, changed_blocks
+from aotrain.export.planning import make_plan
+from aotrain.export.report import ExportReport, LayerReport
+from aotrain.export.safetensors_writer import SafetensorsWriter
+from aotrain.export.snapped import looks_snapped
+from aotrain.export.table import check_format, get_format
+from aotrain.formats import BLOCKWISE_1X32
+from aotrain.quantization.fused_groups import fused_groups, shared_global_scale
+from aotrain.quantization.schemes import AffineScheme, Encoded, Nvfp4Scheme, ScaledScheme, Scheme, get_scheme
+
+# Neither weights nor state of a trainer.
+_NOT_COPIED = (
+    *("*.safetensors", "*.index.json", *PICKLED, "config.json", "trainer_state.json", "*.pkl", "*.gguf", "*.h5"),
+    "*.msgpack",
+)
+
+
+def export(
+    source: Path | str,
+    destination: Path | str,
+    *,
+    scheme: str | Scheme,
+    format: str = "compressed-tensors",
+    exclude: Sequence[str] = ("lm_head",),
+    dtype: torch.dtype | None = None,
+    scales: Mapping[str, torch.Tensor] | None = None,
+    verify: bool = True,
+) -> ExportReport:
+    """Quantize the linear layers of a checkpoint and write it for a server.
+
+    Args:
+        source: folder of a dense Hugging Face checkpoint: config.json and safetensors files, with the masters that
+            were trained. Weights are encoded as they are there.
+        destination: folder to write; must not exist.
+        scheme: name or scheme, that of training.
+        format: `compressed-tensors`, `torchao`, `gguf-grid` or `float8-block`; docs/export.md says which carries what.
+        exclude: fnmatch patterns of module names that stay dense; embeddings, norms and routers always do.
+        dtype: of the model when it is served, and of scales of integer codes; None: that of the source's weights,
+            float32 for gguf-grid. Train with `get_scheme(name, scale_dtype=dtype)` where it is not the weights' own.
+        scales: scales by weight key to use in place of those of the weights, where training learned them.
+        verify: read everything back and compare.
+
+    Raises:
+        ValueError: whatever readers would get wrong or cannot be done, before anything is written where the headers
+            show it; the destination is never there in part.
+        RuntimeError: what was read back differs from what was written.
+        ImportError: safetensors is not installed.
+    """
+    source, destination = Path(source).expanduser(), Path(destination).expanduser()
+    chosen, scheme = get_format(format), get_scheme(scheme)
+    check_format(chosen, scheme)
+    checkpoint = Checkpoint(source)
+    plan, source_dtype, skipped = make_plan(checkpoint, scheme, chosen, exclude, dtype)
+    unknown = sorted(set(scales or {}) - set(plan.layers))
+    if unknown:
+        raise ValueError(f"export got scales for {', '.join(unknown[:5])}, which it does not quantize.")
+    if destination.exists():
+        raise ValueError(f"{destination} exists; want a new folder: remove it, or name another.")
+    job = _Export(checkpoint, plan, chosen, source_dtype, dict(scales or {}))
+    job.share_global_scales()
+    with _appears_whole(destination) as folder:
+        job.write(folder)
+        if verify:
+            job.verify(folder)
+        notes = (*job.notes(), *_copy_other_files(source, folder))
+    return ExportReport(
+        destination=destination,
+        scheme=scheme.name or str(scheme),
+        format=chosen.name,
+        dtype=job.dtype,
+        layers=tuple(job.layers.values()),
+        skipped=skipped,
+        bytes_before=sum(math.prod(at.shape) * at.dtype.itemsize for at in checkpoint.entries.values()),
+        bytes_after=job.bytes_after,
+        verified=verify,
+        notes=notes,
+    )
+
+
+@dataclass
+class _Export:
+    """One export under way."""
+
+    checkpoint: Checkpoint
+    plan: Plan
+    chosen: ExportFormat
+    source_dtype: torch.dtype
+    scales: dict[str, torch.Tensor]
+    global_scales: dict[str, torch.Tensor] = field(default_factory=dict)
+    layers: dict[str, LayerReport] = field(default_factory=dict)
+    # Where each stored tensor is.
+    written: dict[str, str] = field(default_factory=dict)
+    bytes_after: int = 0
+    changed_blocks: int = 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(iter(self.plan.layers.values())).dtype
+
+    def share_global_scales(self) -> None:
+        """A first pass over the weights, for a scheme whose layers share a scale with those they are fused with."""
+        if not isinstance(self.plan.scheme.weight, Nvfp4Scheme) or not self.plan.scheme.weight.two_level:
+            return
+        for group in fused_groups(self.plan.layers):
+            largest = []
+            for key in group:
+                with self.checkpoint.tensor(key) as weight:
+                    largest.append(weight.abs().amax())
+            self.global_scales |= dict.fromkeys(group, shared_global_scale(largest))
+
+    def write(self, folder: Path) -> None:
+        """All shards, their index, and config.json."""
+        metadata = self.chosen.metadata(self.plan)
+        for shard in self.checkpoint.shards:
+            keys = self.checkpoint.keys_of(shard)
+            name = SINGLE if len(self.checkpoint.shards) == 1 else shard
+            with SafetensorsWriter(folder / name, keys, metadata) as file:
+                for key in keys:
+                    stored = self._stored(key)
+                    for part, tensor in stored.items():
+                        file.add(part, tensor)
+                        self.written[part] = name
+                        self.bytes_after += tensor.nbytes
+        if len(self.checkpoint.shards) > 1:
+            index = {"metadata": {"total_size": self.bytes_after}, "weight_map": dict(sorted(self.written.items()))}
+            _write_json(folder / INDEX, index)
+        config = json.loads(json.dumps(self.checkpoint.config))
+        _set_dtype(config, self.dtype)
+        self.chosen.update_config(config, self.plan)
+        _write_json(folder / "config.json", config)
+
+    def _stored(self, key: str) -> dict[str, torch.Tensor]:
+        """What replaces a tensor of the source."""
+        layer = self.plan.layers.get(key)
+        with self.checkpoint.tensor(key) as tensor:
+            if layer is None:
+                return {key: self._dense(key, tensor)}
+            encoded = self._encode(key, tensor)
+            _refuse_unfit(key, tensor, lambda: self.plan.scheme.weight.decode(encoded, tensor.dtype))
+            parts = self.chosen.pack(layer, self.plan.scheme, encoded)
+            size = sum(part.nbytes for part in parts.values())
+            self.layers[key] = LayerReport(layer.name, layer.shape, tensor.nbytes, size)
+            return parts
+
+    def _encode(self, key: str, weight: torch.Tensor) -> Encoded:
+        scheme = self.plan.scheme.weight
+        return scheme.encode(weight, scale=self.scales.get(key), global_scale=self.global_scales.get(key))
+
+    def _dense(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor that stays dense; those in a dtype of their own keep it."""
+        if tensor.dtype != self.source_dtype:
+            return tensor
+        converted = tensor.to(self.dtype)
+        if self.dtype == torch.float16 and bool(converted.isinf().any() and tensor.isfinite().all()):
+            raise ValueError(f"{key} has values beyond the range of float16; want dtype float32 or bfloat16.")
+        return converted
+
+    def verify(self, folder: Path) -> None:
+        """Read all tensors back and compare them with the source's, decoded."""
+
+        def read(name: str) -> torch.Tensor:
+            if name not in self.written:
+                raise RuntimeError(f"{name} was not written")
+            with open_safetensors(folder / self.written[name]) as file:
+                return file.get_tensor(name)
+
+        for key in self.checkpoint.entries:
+            layer = self.plan.layers.get(key)
+            with self.checkpoint.tensor(key) as tensor:
+                if layer is None:
+                    same = torch.equal(_bits(read(key)), _bits(self._dense(key, tensor)))
+                else:
+                    same = self._verify_layer(key, layer, tensor, self.chosen.decode(layer, self.plan.scheme, read))
+            if not same:
+                raise RuntimeError(
+                    f"{key} reads back from {folder} other than it was written: the disk is faulty, or aotrain is."
+                )
+
+    def _verify_layer(self, key: str, layer: Layer, weight: torch.Tensor, served: torch.Tensor) -> bool:
+        encoded = self._encode(key, weight)
+        same = torch.equal(served, self.plan.scheme.weight.decode(encoded, layer.dtype))
+        if isinstance(self.chosen, GgufGrid):
+            self.changed_blocks += changed_blocks(encoded, served)
+        noise = (served.float() - weight.float()).norm().item()
+        sqnr = 20 * math.log10(weight.float().norm().item() / noise) if noise else math.inf
+        self.layers[key] = replace(self.layers[key], sqnr_db=sqnr)
+        return same
+
+    def notes(self) -> Iterator[str]:
+        """What readers of the files need."""
+        if self.changed_blocks:
+            yield f"{self.changed_blocks} blocks have scales too small for float16; a GGUF converter may move them."
+        weight = self.plan.scheme.weight
+        in_blocks = isinstance(weight, ScaledScheme) and weight.scaling.block == BLOCKWISE_1X32
+        small = in_blocks or isinstance(weight, Nvfp4Scheme)
+        if self.chosen.name == "compressed-tensors" and small and self.dtype != torch.bfloat16:
+            yield "transformers decodes this scheme to bfloat16 whatever the dtype of the model: load it as bfloat16."
+        if self.dtype == torch.float32 and isinstance(weight, AffineScheme):
+            yield "scales are float32; a server that runs in bfloat16 rounds them: export with that dtype instead."
+
+
+def _refuse_unfit(key: str, weight: torch.Tensor, decoded: Any) -> None:
+    """Raise ValueError for a weight that no codes can stand for, or that codes stood for before."""
+    if not bool(weight.isfinite().all()):
+        raise ValueError(f"{key} has a NaN or an infinity: the training run diverged; export an earlier checkpoint.")
+    if looks_snapped(weight) and not torch.equal(decoded(), weight):
+        raise ValueError(
+            f"{key} lies on a quantized grid already, and scales of its own would give it other codes: export the "
+            "checkpoint from before it was converted, or pass the scales that made it as `scales`."
+        )
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """As bytes: a NaN equals itself, and -0 is not 0."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+@contextmanager
+def _appears_whole(destination: Path) -> Iterator[Path]:
+    """A new folder that gets its name when the block ends without an error, and goes away when it ends with one."""
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    folder = destination.parent / f".{destination.name}.partial"
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        raise ValueError(f"{folder} exists: another export is writing it, or was killed; remove it.") from None
+    try:
+        yield folder
+        folder.rename(destination)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _copy_other_files(source: Path, folder: Path) -> list[str]:
+    """Copy tokenizer, generation settings, code and licence; notes on what is missing."""
+    for path in sorted(source.iterdir()):
+        if path.is_file() and not any(path.match(pattern) for pattern in _NOT_COPIED):
+            shutil.copy(path, folder / path.name)
+    if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
+        return []
+    return [f"{source} has no tokenizer; servers need one beside the weights."]
+
+
+def _set_dtype(config: dict[str, Any], dtype: torch.dtype) -> None:
+    """Say the dtype wherever the configuration says one; transformers 5 calls it dtype, older ones torch_dtype."""
+    name = str(dtype).removeprefix("torch.")
+    for section in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key in ("dtype", "torch_dtype"):
+            if key in section:
+                section[key] = name
+    if "dtype" not in config and "torch_dtype" not in config:
+        config["dtype"] = name
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
