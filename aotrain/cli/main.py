@@ -13,11 +13,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ImportError:
         sys.exit(NOT_INSTALLED)
     from aotrain.cli.curves import curves
+    from aotrain.cli.export import export
     from aotrain.cli.plan import plan
     from aotrain.cli.pretrain import pretrain
 
     command = tyro.extras.subcommand_cli_from_dict(
-        {"pretrain": pretrain, "plan": plan, "curves": curves},
+        {"pretrain": pretrain, "plan": plan, "curves": curves, "export": export},
         prog="aotrain",
         description="Low-precision training for PyTorch.",
         args=arguments,

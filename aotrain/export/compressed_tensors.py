@@ -38,6 +38,12 @@ from aotrain.quantization.schemes import AffineScheme, Encoded, Nvfp4Scheme, Sca
 PACKED, INTEGER, FLOAT = "pack-quantized", "int-quantized", "float-quantized"
 NVFP4, MXFP4, MXFP8 = "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized"
 _PACKED_BITS = (2, 4, 8)
+# What transformers 5.23 does with the experts of a mixture in these layouts.
+_EXPERTS = {
+    INTEGER: "fails to load experts with one int8 scale per channel",
+    MXFP8: "fails to load experts in mxfp8",
+    NVFP4: "loads experts in nvfp4 without their global scales, which makes them thousands of times too large",
+}
 
 
 class CompressedTensors(ExportFormat):
@@ -61,12 +67,10 @@ class CompressedTensors(ExportFormat):
         return problem
 
     def refusal_of_plan(self, plan: Plan) -> str | None:
-        if weight_layout(plan.scheme) == INTEGER and any(map(is_expert, plan.layers)):
-            return (
-                "transformers cannot load experts with one int8 scale per channel: choose int8-g32 or int4-g32, or "
-                "exclude '*.experts.*'"
-            )
-        return None
+        wrong = _EXPERTS.get(weight_layout(plan.scheme) or "")
+        if wrong is None or not any(map(is_expert, plan.layers)):
+            return None
+        return f"transformers {wrong}: choose int4-g32, int8-g32, fp8 or mxfp4, or exclude '*.experts.*'"
 
     def pack(self, layer: Layer, scheme: Scheme, encoded: Encoded) -> dict[str, torch.Tensor]:
         data, scale, name = encoded.data, encoded.scale, layer.name

@@ -18,6 +18,7 @@ import torch
 
 from aotrain.export.base import ExportFormat, Layer, Plan
 from aotrain.export.checkpoint import INDEX, PICKLED, SINGLE, Checkpoint, open_safetensors
+from aotrain.export.compressed_tensors import FLOAT, weight_layout
 from aotrain.export.gguf_grid import GgufGrid, changed_blocks
 from aotrain.export.planning import make_plan
 from aotrain.export.report import ExportReport, LayerReport
@@ -215,6 +216,11 @@ class _Export:
         small = in_blocks or isinstance(weight, Nvfp4Scheme)
         if self.chosen.name == "compressed-tensors" and small and self.dtype != torch.bfloat16:
             yield "transformers decodes this scheme to bfloat16 whatever the dtype of the model: load it as bfloat16."
+        if weight_layout(self.plan.scheme) == FLOAT and self.chosen.name == "compressed-tensors":
+            yield (
+                "scales are float32, as servers use them; transformers rounds them to the dtype of the model unless "
+                "told CompressedTensorsConfig(dequantize=True)."
+            )
         if self.dtype == torch.float32 and isinstance(weight, AffineScheme):
             yield "scales are float32; a server that runs in bfloat16 rounds them: export with that dtype instead."
 

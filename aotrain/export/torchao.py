@@ -23,6 +23,7 @@ import torch
 
 from aotrain.export.base import ExportFormat, Layer, Plan, Reader
 from aotrain.export.compressed_tensors import integer_bits, is_symmetric
+from aotrain.export.selection import is_expert
 from aotrain.formats import FLOAT8_E4M3, ROWWISE, MappingType
 from aotrain.quantization.schemes import AffineScheme, Encoded, ScaledScheme, Scheme, TensorScheme
 
@@ -60,6 +61,14 @@ class TorchAo(ExportFormat):
             return (
                 f"torchao has no configuration for weights {scheme.weight} with activations {scheme.activation}: "
                 "use format compressed-tensors"
+            )
+        return None
+
+    def refusal_of_plan(self, plan: Plan) -> str | None:
+        if any(map(is_expert, plan.layers)):
+            return (
+                "transformers leaves experts in this format at their initial values, without an error: use format "
+                "compressed-tensors, or exclude '*.experts.*'"
             )
         return None
 

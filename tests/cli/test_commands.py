@@ -18,7 +18,9 @@ def aotrain(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["pretrain"], ["plan"], ["curves"]], ids=["aotrain", "pretrain", "plan", "curves"]
+    "command",
+    [[], ["pretrain"], ["plan"], ["curves"], ["export"]],
+    ids=["aotrain", "pretrain", "plan", "curves", "export"],
 )
 def test_help(command: list[str]):
     result = aotrain(*command, "--help")
