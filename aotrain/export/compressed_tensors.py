@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from aotrain.export.base import ExportFormat, Layer, Plan, Reader
+from aotrain.export.parts import decode_in_parts
 from aotrain.export.selection import is_expert
 from aotrain.formats import (
     BLOCKWISE_1X32,
@@ -110,7 +111,7 @@ class CompressedTensors(ExportFormat):
             global_scale = (1 / read(f"{name}.weight_global_scale").double()).float().reshape(1, 1)
         elif layout in (MXFP4, MXFP8):
             scale = scale.view(torch.float8_e8m0fnu)
-        return scheme.weight.decode(Encoded(data, scale, global_scale=global_scale), layer.dtype)
+        return decode_in_parts(scheme.weight, Encoded(data, scale, global_scale=global_scale), layer.dtype)
 
     def update_config(self, config: dict[str, Any], plan: Plan) -> None:
         layout = weight_layout(plan.scheme)

@@ -20,6 +20,7 @@ from aotrain.export.base import ExportFormat, Layer, Plan
 from aotrain.export.checkpoint import INDEX, PICKLED, SINGLE, Checkpoint, open_safetensors
 from aotrain.export.compressed_tensors import FLOAT, weight_layout
 from aotrain.export.gguf_grid import GgufGrid, changed_blocks
+from aotrain.export.parts import decode_in_parts, encode_in_parts, encode_part, row_parts
 from aotrain.export.planning import make_plan
 from aotrain.export.report import ExportReport, LayerReport
 from aotrain.export.safetensors_writer import SafetensorsWriter
@@ -157,15 +158,14 @@ class _Export:
             if layer is None:
                 return {key: self._dense(key, tensor)}
             encoded = self._encode(key, tensor)
-            _refuse_unfit(key, tensor, lambda: self.plan.scheme.weight.decode(encoded, tensor.dtype))
+            _refuse_unfit(key, tensor, lambda: decode_in_parts(self.plan.scheme.weight, encoded, tensor.dtype))
             parts = self.chosen.pack(layer, self.plan.scheme, encoded)
             size = sum(part.nbytes for part in parts.values())
             self.layers[key] = LayerReport(layer.name, layer.shape, tensor.nbytes, size)
             return parts
 
     def _encode(self, key: str, weight: torch.Tensor) -> Encoded:
-        scheme = self.plan.scheme.weight
-        return scheme.encode(weight, scale=self.scales.get(key), global_scale=self.global_scales.get(key))
+        return encode_in_parts(self.plan.scheme.weight, weight, self.scales.get(key), self.global_scales.get(key))
 
     def _dense(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor that stays dense; those in a dtype of their own keep it."""
@@ -198,12 +198,18 @@ class _Export:
                 )
 
     def _verify_layer(self, key: str, layer: Layer, weight: torch.Tensor, served: torch.Tensor) -> bool:
-        encoded = self._encode(key, weight)
-        same = torch.equal(served, self.plan.scheme.weight.decode(encoded, layer.dtype))
-        if isinstance(self.chosen, GgufGrid):
-            self.changed_blocks += changed_blocks(encoded, served)
-        noise = (served.float() - weight.float()).norm().item()
-        sqnr = 20 * math.log10(weight.float().norm().item() / noise) if noise else math.inf
+        """Compare a layer that was read back, by parts; also its distance from the source."""
+        scheme, same = self.plan.scheme.weight, True
+        signal, noise = 0.0, 0.0
+        for part in row_parts(weight):
+            encoded = encode_part(scheme, weight, part, self.scales.get(key), self.global_scales.get(key))
+            same = same and torch.equal(served[part], scheme.decode(encoded, layer.dtype))
+            if isinstance(self.chosen, GgufGrid):
+                self.changed_blocks += changed_blocks(encoded, served[part])
+            original = weight[part].float()
+            signal += original.square().sum().item()
+            noise += (served[part].float() - original).square().sum().item()
+        sqnr = 10 * math.log10(signal / noise) if noise else math.inf
         self.layers[key] = replace(self.layers[key], sqnr_db=sqnr)
         return same
 

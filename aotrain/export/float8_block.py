@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 
 from aotrain.export.base import ExportFormat, Layer, Plan, Reader
+from aotrain.export.parts import decode_in_parts, encode_in_parts
 from aotrain.export.selection import (
     HEAD,
     HIGH_PRECISION,
@@ -39,7 +40,7 @@ class Float8Block(ExportFormat):
         return {layer.key: encoded.data, f"{layer.key}_scale_inv": encoded.scale}
 
     def decode(self, layer: Layer, scheme: Scheme, read: Reader) -> torch.Tensor:
-        return scheme.weight.decode(Encoded(read(layer.key), read(f"{layer.key}_scale_inv")), layer.dtype)
+        return decode_in_parts(scheme.weight, Encoded(read(layer.key), read(f"{layer.key}_scale_inv")), layer.dtype)
 
     def update_config(self, config: dict[str, Any], plan: Plan) -> None:
         config["quantization_config"] = {
@@ -86,7 +87,7 @@ def float8_block_weights(
             raise ValueError(
                 f"float8_block_weights got {name} of dtype {full.dtype}; want float32, bfloat16 or float16."
             )
-        encoded = scheme.weight.encode(full)
+        encoded = encode_in_parts(scheme.weight, full, None, None)
         del full
         yield name, encoded.data
         yield f"{name}_scale_inv", encoded.scale

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from aotrain.export.base import ExportFormat, Layer, Plan, Reader
+from aotrain.export.parts import decode_in_parts
 from aotrain.quantization.schemes import Encoded, Q40Scheme, Scheme
 
 GRID_KEY = "aotrain_grid"
@@ -39,7 +40,7 @@ class GgufGrid(ExportFormat):
         return dtype or torch.float32
 
     def pack(self, layer: Layer, scheme: Scheme, encoded: Encoded) -> dict[str, torch.Tensor]:
-        return {layer.key: scheme.weight.decode(encoded, layer.dtype)}
+        return {layer.key: decode_in_parts(scheme.weight, encoded, layer.dtype)}
 
     def decode(self, layer: Layer, scheme: Scheme, read: Reader) -> torch.Tensor:
         return read(layer.key)

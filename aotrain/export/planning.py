@@ -18,6 +18,7 @@ from aotrain.export.selection import (
     reason_to_skip,
     refuse_stacked_experts,
 )
+from aotrain.quantization.fused_groups import fused_groups
 from aotrain.quantization.schemes import AffineScheme, Q40Scheme, Scheme, get_scheme
 
 # A layer that is not quantized must be named for readers that would take every linear layer.
@@ -44,6 +45,7 @@ def make_plan(
     keys = [key for key, reason in reasons.items() if reason is None]
     if not keys:
         raise ValueError(f"{checkpoint.folder} has no linear layer to quantize; exclude={tuple(exclude)} leaves none.")
+    _refuse_split_groups(reasons)
     tied = is_tied(checkpoint.config, checkpoint.entries)
     if tied and not any(fnmatchcase(HEAD, pattern) for pattern in exclude):
         raise ValueError(
@@ -67,6 +69,18 @@ def make_plan(
         (module_name(key), reason) for key, reason in reasons.items() if reason is not None and len(shapes[key]) >= 2
     ]
     return plan, source_dtype, tuple(skipped)
+
+
+def _refuse_split_groups(reasons: Mapping[str, str | None]) -> None:
+    """Raise ValueError if some of the layers that servers join are excluded and others are not."""
+    matrices = [key for key, reason in reasons.items() if reason in (None, "excluded")]
+    split = [group for group in fused_groups(matrices) if len({reasons[key] for key in group}) > 1]
+    if split:
+        names = "\n  ".join(", ".join(map(module_name, group)) for group in split[:5])
+        raise ValueError(
+            f"exclude covers part of {len(split)} groups of layers that servers join into one; exclude all of a group, "
+            f"or none:\n  {names}"
+        )
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
