@@ -11,7 +11,7 @@ import torch
 from aotrain.quantization.schemes import Encoded, TensorScheme
 
 _ROWS = 128
-_ELEMENTS = 2**19
+_ELEMENTS = 2**17
 
 
 def row_parts(weight: torch.Tensor) -> Iterator[slice]:
