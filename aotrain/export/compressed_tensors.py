@@ -216,13 +216,14 @@ def _arguments(bits: int, kind: str, strategy: str, group_size: int | None = Non
 
 def pack_integers(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Signed codes [rows, columns] of 2, 4 or 8 bits as int32 words [rows, ceil(columns * bits / 32)]."""
-    per_word = 32 // bits
+    per_word, half = 32 // bits, 2 ** (bits - 1)
     rows, columns = codes.shape
     words = -(-columns // per_word)
-    shifted = torch.nn.functional.pad(codes, (0, words * per_word - columns)).view(rows, words, per_word)
+    # The smallest code is stored as zero bits, which is what the rest of a row's last word has.
+    padded = torch.nn.functional.pad(codes, (0, words * per_word - columns), value=-half).view(rows, words, per_word)
     packed = torch.zeros(rows, words, dtype=torch.int32, device=codes.device)
     for place in range(per_word):
-        packed |= (shifted[..., place].int() + 2 ** (bits - 1)) << (bits * place)
+        packed |= (padded[..., place].int() + half) << (bits * place)
     return packed
 
 

@@ -19,7 +19,7 @@ import torch
 from aotrain.export.base import ExportFormat, Layer, Plan
 from aotrain.export.checkpoint import INDEX, PICKLED, SINGLE, Checkpoint, open_safetensors
 from aotrain.export.compressed_tensors import FLOAT, weight_layout
-from aotrain.export.gguf_grid import GgufGrid, changed_blocks
+from aotrain.export.gguf_grid import GgufGrid, survives_conversion
 from aotrain.export.parts import decode_in_parts, encode_in_parts, encode_part, row_parts
 from aotrain.export.planning import make_plan
 from aotrain.export.report import ExportReport, LayerReport
@@ -113,7 +113,6 @@ class _Export:
     # Where each stored tensor is.
     written: dict[str, str] = field(default_factory=dict)
     bytes_after: int = 0
-    changed_blocks: int = 0
 
     @property
     def dtype(self) -> torch.dtype:
@@ -205,7 +204,7 @@ class _Export:
             encoded = encode_part(scheme, weight, part, self.scales.get(key), self.global_scales.get(key))
             same = same and torch.equal(served[part], scheme.decode(encoded, layer.dtype))
             if isinstance(self.chosen, GgufGrid):
-                self.changed_blocks += changed_blocks(encoded, served[part])
+                same = same and survives_conversion(encoded, served[part])
             original = weight[part].float()
             signal += original.square().sum().item()
             noise += (served[part].float() - original).square().sum().item()
@@ -215,8 +214,6 @@ class _Export:
 
     def notes(self) -> Iterator[str]:
         """What readers of the files need."""
-        if self.changed_blocks:
-            yield f"{self.changed_blocks} blocks have scales too small for float16; a GGUF converter may move them."
         weight = self.plan.scheme.weight
         in_blocks = isinstance(weight, ScaledScheme) and weight.scaling.block == BLOCKWISE_1X32
         small = in_blocks or isinstance(weight, Nvfp4Scheme)

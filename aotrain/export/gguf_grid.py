@@ -9,8 +9,8 @@ finds the same codes and scales. The values need 15 significant bits (a float16 
   move by less than 2^-11, so that the same codes and scales come out: half the size, the same GGUF file;
 - bfloat16 rounds the scales themselves, and is refused.
 
-A block whose scale is below 2^-14, the normal range of float16, may come out otherwise; the report counts those.
-`aotrain_grid` in config.json says which grid it is, so that nothing quantizes the weights to another one by mistake.
+Verification quantizes what was read back once more and compares. `aotrain_grid` in config.json says which grid it is,
+so that nothing quantizes the weights to another one by mistake.
 """
 
 from typing import Any
@@ -40,7 +40,10 @@ class GgufGrid(ExportFormat):
         return dtype or torch.float32
 
     def pack(self, layer: Layer, scheme: Scheme, encoded: Encoded) -> dict[str, torch.Tensor]:
-        return {layer.key: decode_in_parts(scheme.weight, encoded, layer.dtype)}
+        values = decode_in_parts(scheme.weight, encoded, layer.dtype)
+        if not bool(values.isfinite().all()):
+            raise ValueError(f"{layer.key} has values beyond the range of {layer.dtype} on the Q4_0 grid.")
+        return {layer.key: values}
 
     def decode(self, layer: Layer, scheme: Scheme, read: Reader) -> torch.Tensor:
         return read(layer.key)
@@ -49,8 +52,7 @@ class GgufGrid(ExportFormat):
         config[GRID_KEY] = plan.scheme.name or "q4_0"
 
 
-def changed_blocks(encoded: Encoded, stored: torch.Tensor) -> int:
-    """Number of blocks that a converter would quantize to other codes or scales than the encoded ones."""
-    again = Q40Scheme().encode(stored)
-    same = (again.data == encoded.data).unflatten(-1, (encoded.scale.shape[-1], -1)).all(-1)
-    return int((~(same & (again.scale == encoded.scale))).sum())
+def survives_conversion(encoded: Encoded, stored: torch.Tensor) -> bool:
+    """Whether a converter that quantizes stored weights to Q4_0 gets the values of the codes they were made from."""
+    scheme = Q40Scheme()
+    return torch.equal(scheme.values(stored.float()), scheme.decode(encoded, torch.float32))

@@ -2,31 +2,35 @@
 
 import pytest
 
-from tests.cli.test_commands import aotrain
+from aotrain.cli.main import main
 from tests.export.checkpoints import tensors_of, write
 
 
-def test_export_and_its_report(tmp_path):
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main(["export", *map(str, arguments)])
+    return stop.value.code
+
+
+def test_export_and_its_report(tmp_path, capsys):
     source = write(tmp_path / "in", tensors_of())
-    result = aotrain("export", source, tmp_path / "out", "--scheme", "int4-g32", "--exclude", "*.0.mlp.*")
-    assert result.returncode == 0, result.stderr
-    assert "5 linear layers" in result.stdout
-    assert "excluded: lm_head, model.layers.0.mlp.down_proj" in result.stdout
+    assert run(source, tmp_path / "out", "--scheme", "int4-g32", "--exclude", "*.0.mlp.*") == 0
+    output = capsys.readouterr().out
+    assert "5 linear layers" in output
+    assert "excluded: lm_head, model.layers.0.mlp.down_proj" in output
     assert (tmp_path / "out/model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--scheme", "int4g32"], "did you mean 'int4-g32'"),
-        (["--scheme", "int4-g32", "--dtype", "fp16"], "--dtype got fp16"),
+        (["--scheme", "int4g32"], "error: get_scheme got 'int4g32'; did you mean 'int4-g32'"),
+        (["--scheme", "int4-g32", "--dtype", "fp16"], "error: --dtype got fp16"),
     ],
     ids=["scheme", "dtype"],
 )
-def test_mistakes_are_shown_without_a_traceback(tmp_path, arguments: list[str], message: str):
+def test_mistakes_are_errors_that_write_nothing(tmp_path, capsys, arguments: list[str], message: str):
     source = write(tmp_path / "in", tensors_of())
-    result = aotrain("export", source, tmp_path / "out", *arguments)
-    assert result.returncode == 2
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
+    assert run(source, tmp_path / "out", *arguments) == 2
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
