@@ -11,7 +11,7 @@ NATIVE := setup.py aotrain/_build.py $(wildcard csrc/cpu/*)
 # Spinning threads of several processes on few cores are up to 20 times slower than one thread each.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow check clean
+.PHONY: demo test test-slow check serve-check clean
 
 demo: $(VENV)/titan.stamp
 	$(BIN)/python scripts/demo.py
@@ -26,6 +26,11 @@ check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
+
+# Not part of `make test`: installs a CPU build of vLLM, repackaged by one person, into an environment of its own.
+# `make serve-check MODEL=path/to/checkpoint TEXT=file.txt`
+serve-check: $(VENV)/dev.stamp
+	$(BIN)/python scripts/serve_check.py $(MODEL) $(TEXT)
 
 clean:
 	rm -rf $(VENV) runs

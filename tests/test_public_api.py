@@ -250,6 +250,8 @@ PUBLIC = {
         "intx_quantization_aware_training",
         "prepare_qat",
     ],
+    "aotrain.export": ["FORMATS", "ExportReport", "LayerReport", "export", "float8_block_weights", "formats_for"],
+    "aotrain.quantization": ["SCHEMES", "Scheme", "get_scheme", "quantize_", "register_quantize_handler"],
     "aotrain.kernels": [
         "Nvfp4Operand",
         "RowPermutation",
