@@ -81,3 +81,20 @@ def test_transformers_reads_it_experts_too(tmp_path):
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert_same_weights(loaded, expected)
     assert torch.equal(logits(loaded), logits(expected))
+
+
+def test_dtensors_of_a_mesh_are_gathered():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    weight = torch.randn(256, 128, generator=torch.Generator().manual_seed(0))
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        sharded = distribute_tensor(weight, init_device_mesh("cpu", (1,)), [Shard(0)])
+        streamed = dict(float8_block_weights([("a.weight", sharded)]))
+    finally:
+        torch.distributed.destroy_process_group()
+    expected = dict(float8_block_weights([("a.weight", weight)]))
+    for name, tensor in expected.items():
+        assert type(streamed[name]) is torch.Tensor
+        assert torch.equal(streamed[name].view(torch.uint8), tensor.view(torch.uint8))
