@@ -102,10 +102,10 @@ def _find_shards(folder: Path) -> tuple[list[str], dict[str, str]]:
             raise ValueError(f"{folder} misses {len(missing)} of {len(shards)} shards: {', '.join(missing)}.")
         return shards, index
     found = sorted(path.name for path in folder.glob("*.safetensors"))
-    if found == [SINGLE] or (len(found) == 1 and "-of-" not in found[0]):
-        return found, {}
+    if SINGLE in found:  # others are the same weights in another layout, or adapters
+        return [SINGLE], {}
     if found:
-        raise ValueError(f"{folder} has {len(found)} safetensors files and no {INDEX}; want one file, or the index.")
+        raise ValueError(f"{folder} has {found[0]}, but neither {SINGLE} nor {INDEX}; want one of the two.")
     if any(path for pattern in PICKLED for path in folder.glob(pattern)):
         raise ValueError(
             f"{folder} has pickled weights only, which are not read: loading them runs what they say. Save the model "

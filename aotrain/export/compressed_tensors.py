@@ -231,7 +231,7 @@ def _integers_from_bytes(words: torch.Tensor, bits: int) -> torch.Tensor:
     """Signed codes of words in little-endian memory: whole bytes, then parts of bytes."""
     data = words.view(torch.uint8)
     parts = [(data >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]
-    return (torch.stack(parts, dim=-1).flatten(-2).short() - 2 ** (bits - 1)).to(torch.int8)
+    return (torch.stack(parts, dim=-1).flatten(-2) - 2 ** (bits - 1)).view(torch.int8)  # modulo 256
 
 
 def codes_from_nibbles(packed: torch.Tensor) -> torch.Tensor:

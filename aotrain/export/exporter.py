@@ -126,7 +126,7 @@ class _Export:
             largest = []
             for key in group:
                 with self.checkpoint.tensor(key) as weight:
-                    largest.append(weight.abs().amax())
+                    largest.append(torch.maximum(weight.amax(), -weight.amin()))
             self.global_scales |= dict.fromkeys(group, shared_global_scale(largest))
 
     def write(self, folder: Path) -> None:
@@ -230,7 +230,7 @@ class _Export:
 
 def _refuse_unfit(key: str, weight: torch.Tensor, decoded: Any) -> None:
     """Raise ValueError for a weight that no codes can stand for, or that codes stood for before."""
-    if not bool(weight.isfinite().all()):
+    if not all(bool(weight[part].isfinite().all()) for part in row_parts(weight)):
         raise ValueError(f"{key} has a NaN or an infinity: the training run diverged; export an earlier checkpoint.")
     if looks_snapped(weight) and not torch.equal(decoded(), weight):
         raise ValueError(

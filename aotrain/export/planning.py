@@ -1,8 +1,8 @@
 """Decide what an export writes, from headers alone, and refuse at once what would go wrong later."""
 
+import fnmatch
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -45,9 +45,10 @@ def make_plan(
     keys = [key for key, reason in reasons.items() if reason is None]
     if not keys:
         raise ValueError(f"{checkpoint.folder} has no linear layer to quantize; exclude={tuple(exclude)} leaves none.")
+    _refuse_idle_patterns(exclude, reasons)
     _refuse_split_groups(reasons)
     tied = is_tied(checkpoint.config, checkpoint.entries)
-    if tied and not any(fnmatchcase(HEAD, pattern) for pattern in exclude):
+    if tied and not any(fnmatch.fnmatchcase(HEAD, pattern) for pattern in exclude):
         raise ValueError(
             f"{checkpoint.folder} ties {HEAD} to the embedding, and servers keep one dense tensor for both: leave "
             f"{HEAD!r} in exclude."
@@ -69,6 +70,18 @@ def make_plan(
         (module_name(key), reason) for key, reason in reasons.items() if reason is not None and len(shapes[key]) >= 2
     ]
     return plan, source_dtype, tuple(skipped)
+
+
+def _refuse_idle_patterns(exclude: Sequence[str], keys: Iterable[str]) -> None:
+    """Raise ValueError for a pattern that matches no module; the output layer may be absent where it is tied."""
+    if isinstance(exclude, str):
+        raise ValueError(f"export got exclude={exclude!r}; want a list of patterns: [{exclude!r}].")
+    names = [module_name(key) for key in keys]
+    idle = [
+        pattern for pattern in exclude if not fnmatch.filter(names, pattern) and not fnmatch.fnmatchcase(HEAD, pattern)
+    ]
+    if idle:
+        raise ValueError(f"exclude={idle[0]!r} matches none of {len(names)} modules, such as {names[0]}.")
 
 
 def _refuse_split_groups(reasons: Mapping[str, str | None]) -> None:

@@ -128,6 +128,8 @@ def asymmetric() -> Scheme:
         ({"scheme": get_scheme("int4-g32", torch.float32)}, "servers round scales"),
         ({"scheme": "int4-g32", "exclude": ("*",)}, "no linear layer"),
         ({"scheme": "int4-g32", "exclude": ("lm_head", "*.0.*q_proj")}, "part of 1 groups"),
+        ({"scheme": "int4-g32", "exclude": "lm_head"}, "want a list of patterns"),
+        ({"scheme": "int4-g32", "exclude": ("lm_head", "*.q_porj")}, r"'\*\.q_porj' matches none"),
     ],
     ids=lambda value: None if isinstance(value, dict) else value[:20],
 )
@@ -218,7 +220,7 @@ def test_damaged_sources(tmp_path, damage: str):
         "truncated": "00002-of-00002.safetensors is damaged or incomplete",
         "header": "00002-of-00002.safetensors is damaged or incomplete",
         "missing shard": "misses 1 of 2 shards: model-00002",
-        "missing index": "2 safetensors files and no",
+        "missing index": "neither model.safetensors nor model.safetensors.index.json",
         "pickled": "pickled weights only",
         "nothing": "has no .*safetensors",
     }[damage]
