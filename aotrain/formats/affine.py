@@ -3,8 +3,8 @@
 With `lo` and `hi` the smallest and largest code, `mn <= 0 <= mx` the bounds of a block's values (0 included), and each
 operation rounded to the dtype that it is done in, which is that of the input:
 
-    symmetric                  scale = max(-mn, mx) / ((hi - lo) / 2)     zero_point = (hi + lo + 1) // 2
-    symmetric, never clipping  scale = max(mn / lo, mx / hi)              zero_point = (hi + lo + 1) // 2
+    symmetric                  scale = max(-mn, mx) / ((hi - lo) / 2)     zero_point = (hi + lo + 1) / 2, toward 0
+    symmetric, never clipping  scale = max(mn / lo, mx / hi)              zero_point = (hi + lo + 1) / 2, toward 0
     asymmetric                 scale = (mx - mn) / (hi - lo)              zero_point = lo - round(mn / scale), in lo..hi
     code = clamp(round(x * (1 / scale)) + zero_point, lo, hi)             x ~= (code - zero_point) * scale
 
@@ -17,8 +17,9 @@ A symmetric int4 scale is therefore amax / 7.5: the most negative code stands fo
 amax saturate. Quantizing a dequantized tensor again with scales of its own gives *other* codes (only the mapping that
 never clips is idempotent): keep the scales that were used.
 
-Scales are at least `eps`, so a block of zeros gives zeros. A block with a NaN or an infinity dequantizes to NaN
-everywhere, as in every other format here.
+Scales are at least `eps`, and never below the smallest normal number of the dtype that they are stored in, so a block of
+zeros gives zeros. A block with a NaN or an infinity dequantizes to NaN everywhere, as in every other format here, and so
+does one whose scale or zero point is too large for its dtype, such as a difference of 70000 in float16.
 
 Source: the integer formats of torchao's `quant_primitives` and of compressed-tensors; docs/numerics.md, section 13.
 """
@@ -29,6 +30,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class MappingType(enum.Enum):
@@ -71,10 +74,12 @@ class AffineFormat:
         domain: what the zero point is. FLOAT and NONE have the meaning of torchao's primitives.
         scale_dtype: dtype in which scales, and zero points that are values, are stored and used; None: the input's.
         compute_dtype: dtype of the arithmetic; None: the input's.
-        eps: lower bound of a scale; None: the smallest normal number of the dtype of the arithmetic.
+        eps: lower bound of a scale where it exceeds the smallest normal numbers of the dtype of the arithmetic and of
+            `scale_dtype`, which bound every scale.
 
     Raises:
-        ValueError: no codes, a group of no elements, or an asymmetric mapping without zero points.
+        ValueError: no codes, a group of no elements, a dtype that is none of float32, bfloat16 and float16, an eps that
+            is not positive, or an asymmetric mapping without zero points.
     """
 
     quant_min: int
@@ -93,6 +98,11 @@ class AffineFormat:
             )
         if self.group_size is not None and self.group_size < 1:
             raise ValueError(f"AffineFormat got group_size={self.group_size}; want at least 1, or None for whole rows.")
+        for name, dtype in (("scale_dtype", self.scale_dtype), ("compute_dtype", self.compute_dtype)):
+            if dtype not in (None, *_DTYPES):
+                raise ValueError(f"AffineFormat got {name}={dtype}; want float32, bfloat16, float16 or None.")
+        if self.eps is not None and not 0 < self.eps < math.inf:
+            raise ValueError(f"AffineFormat got eps={self.eps}; want a positive number, or None.")
         if self.domain is ZeroPointDomain.NONE and self.mapping is MappingType.ASYMMETRIC:
             raise ValueError("AffineFormat got an asymmetric mapping without zero points; want domain INT or FLOAT.")
 
@@ -110,7 +120,7 @@ class AffineFormat:
 
     @property
     def _center(self) -> int:
-        return (self.quant_max + self.quant_min + 1) // 2
+        return int((self.quant_max + self.quant_min + 1) / 2)
 
     def parameters(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Scale and zero point of every block of a tensor.
@@ -126,17 +136,19 @@ class AffineFormat:
             ValueError: another dtype, or a K that the group size does not divide.
         """
         blocks = self._blocks(x)
-        if blocks.shape[-1] == 0:
-            raise ValueError(f"AffineFormat got x of shape {tuple(x.shape)}; want a last dimension with elements.")
         smallest, largest = blocks.amin(dim=-1), blocks.amax(dim=-1)
-        # A NaN of an operation is not the same NaN on every processor, and a comparison must not lose it.
-        broken = ~(smallest.isfinite() & largest.isfinite())
         scale, zero_point = self._from_bounds(smallest, largest)
-        scale = scale.masked_fill(broken, math.nan).to(self.scale_dtype or x.dtype)
+        dtype = self.scale_dtype or x.dtype
+        scale = scale.to(dtype).clamp(min=torch.finfo(dtype).smallest_normal)
+        if self.domain is ZeroPointDomain.FLOAT:
+            zero_point = zero_point.to(dtype)
+        # A NaN of an operation is not the same NaN on every processor, and a comparison must not lose it.
+        broken = ~(smallest.isfinite() & largest.isfinite() & scale.isfinite() & zero_point.isfinite())
+        scale = scale.masked_fill(broken, math.nan)
         if not self.has_zero_point:
             return scale, None
         if self.domain is ZeroPointDomain.FLOAT:
-            return scale, zero_point.masked_fill(broken, math.nan).to(scale.dtype)
+            return scale, zero_point.masked_fill(broken, math.nan)
         return scale, zero_point.masked_fill(broken, 0).to(torch.int32)
 
     def _from_bounds(self, smallest: torch.Tensor, largest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -153,11 +165,13 @@ class AffineFormat:
         if self.mapping is MappingType.SYMMETRIC:
             scale = _divide(torch.maximum(-smallest, largest), (hi - lo) / 2)
         else:
-            scale = torch.maximum(_divide(smallest, lo), _divide(largest, hi)) if lo < 0 else _divide(largest, hi)
+            # A side without codes of its own, as above 0 for int1, has no say.
+            sides = [_divide(smallest, lo)] * (lo < 0) + [_divide(largest, hi)] * (hi > 0)
+            scale = torch.maximum(sides[0], sides[-1])
         return self._at_least_eps(scale), torch.full_like(smallest, self._center)
 
     def _at_least_eps(self, scale: torch.Tensor) -> torch.Tensor:
-        return scale.clamp(min=torch.finfo(scale.dtype).smallest_normal if self.eps is None else self.eps)
+        return scale.clamp(min=max(self.eps or 0.0, torch.finfo(scale.dtype).smallest_normal))
 
     def quantize(
         self, x: torch.Tensor, scale: torch.Tensor | None = None, zero_point: torch.Tensor | None = None
@@ -174,9 +188,9 @@ class AffineFormat:
         """
         if scale is None:
             scale, zero_point = self.parameters(x)
-        codes = self.steps(x, scale, zero_point).clamp(self.quant_min, self.quant_max)
         # A NaN has no code: the scale carries it.
-        codes = torch.nan_to_num(codes, nan=0.0).to(self.code_dtype)
+        codes = torch.nan_to_num(self.steps(x, scale, zero_point), nan=0.0)
+        codes = codes.clamp(self.quant_min, self.quant_max).to(self.code_dtype)
         return AffineTensor(codes.reshape(x.shape), scale, zero_point)
 
     def steps(self, x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None) -> torch.Tensor:
@@ -188,10 +202,11 @@ class AffineFormat:
                 f"AffineFormat got x of shape {tuple(x.shape)} with a scale of shape {tuple(scale.shape)} and a zero "
                 f"point of {given}; want {tuple(blocks.shape[:-1])}."
             )
+        if self.domain is ZeroPointDomain.FLOAT and zero_point is None:
+            raise ValueError("AffineFormat got no zero point; want one, with the scale: in domain FLOAT it is a value.")
         # A scale that is stored in a narrower dtype is still inverted in the wider one.
         scale = scale.to(torch.promote_types(blocks.dtype, scale.dtype)).unsqueeze(-1)
         if self.domain is ZeroPointDomain.FLOAT:
-            assert zero_point is not None
             middle = scale * ((self.quant_max + self.quant_min + 1) / 2)
             return torch.round((blocks - (zero_point.unsqueeze(-1) - middle)) / scale)
         rounded = torch.round(blocks * (torch.ones_like(scale) / scale))
@@ -208,7 +223,8 @@ class AffineFormat:
             values = (codes - (self.quant_max + self.quant_min + 1) / 2) * scale + q.zero_point.unsqueeze(-1)
         else:
             values = (codes if q.zero_point is None else codes - q.zero_point.unsqueeze(-1).to(compute)) * scale
-        return values.to(dtype).reshape(q.codes.shape)
+        # A conversion of NaN gives another NaN in vectors than one by one.
+        return values.to(dtype).masked_fill(scale.isnan(), math.nan).reshape(q.codes.shape)
 
     def in_range(self, x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None) -> torch.Tensor:
         """Which elements have a code without saturating, bool in the shape of x: where gradients pass straight."""
@@ -216,11 +232,11 @@ class AffineFormat:
         return ((steps >= self.quant_min) & (steps <= self.quant_max)).reshape(x.shape)
 
     def _blocks(self, x: torch.Tensor) -> torch.Tensor:
-        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        if x.dtype not in _DTYPES:
             raise ValueError(f"AffineFormat got x of dtype {x.dtype}; want float32, bfloat16 or float16.")
-        columns = x.shape[-1]
+        columns = x.shape[-1] if x.dim() else 1
         size = columns if self.group_size is None else self.group_size
-        if size == 0 or columns % size:
+        if x.dim() == 0 or size == 0 or columns % size:
             raise ValueError(
                 f"AffineFormat got x of shape {tuple(x.shape)} in groups of {size}; want a last dimension that is a "
                 "multiple of the group size: choose a smaller group, or leave this tensor out."
