@@ -116,10 +116,11 @@ class AffineFormat:
         """Whether a zero point must be kept: False where it is zero for every block."""
         if self.domain is ZeroPointDomain.FLOAT:
             return True
-        return self.domain is ZeroPointDomain.INT and (self.mapping is MappingType.ASYMMETRIC or self._center != 0)
+        return self.domain is ZeroPointDomain.INT and (self.mapping is MappingType.ASYMMETRIC or self.center != 0)
 
     @property
-    def _center(self) -> int:
+    def center(self) -> int:
+        """Zero point of the symmetric mappings."""
         return int((self.quant_max + self.quant_min + 1) / 2)
 
     def parameters(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -168,10 +169,14 @@ class AffineFormat:
             # A side without codes of its own, as above 0 for int1, has no say.
             sides = [_divide(smallest, lo)] * (lo < 0) + [_divide(largest, hi)] * (hi > 0)
             scale = torch.maximum(sides[0], sides[-1])
-        return self._at_least_eps(scale), torch.full_like(smallest, self._center)
+        return self._at_least_eps(scale), torch.full_like(smallest, self.center)
+
+    def smallest_scale(self, dtype: torch.dtype) -> float:
+        """Lower bound of scales before they are stored, where the arithmetic is in this dtype."""
+        return torch.tensor(max(self.eps or 0.0, torch.finfo(dtype).smallest_normal), dtype=dtype).item()
 
     def _at_least_eps(self, scale: torch.Tensor) -> torch.Tensor:
-        return scale.clamp(min=max(self.eps or 0.0, torch.finfo(scale.dtype).smallest_normal))
+        return scale.clamp(min=self.smallest_scale(scale.dtype))
 
     def quantize(
         self, x: torch.Tensor, scale: torch.Tensor | None = None, zero_point: torch.Tensor | None = None

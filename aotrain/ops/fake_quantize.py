@@ -20,6 +20,8 @@ class FakeQuantizer(Protocol):
 
     def pass_gradient(self, grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor: ...
 
+    def pass_gradient_(self, grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor: ...
+
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
@@ -107,4 +109,5 @@ def _values(x: torch.Tensor, quantizer: FakeQuantizer | None, dtype: torch.dtype
 
 
 def _pass(grad: torch.Tensor, x: torch.Tensor, quantizer: FakeQuantizer | None) -> torch.Tensor:
-    return grad if quantizer is None else quantizer.pass_gradient(grad, x)
+    """The gradient of x from a product that nobody else has."""
+    return grad if quantizer is None else quantizer.pass_gradient_(grad, x)

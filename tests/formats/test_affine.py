@@ -207,7 +207,9 @@ def test_given_scales_are_used():
     f = integer_format(4, group_size=8)
     own = f.quantize(x)
     doubled = f.quantize(x, own.scale * 2)
-    assert torch.equal(doubled.codes, torch.round(x.view(4, 2, 8) * (1 / (own.scale * 2)[..., None])).view(4, 16).char())
+    assert torch.equal(
+        doubled.codes, torch.round(x.view(4, 2, 8) * (1 / (own.scale * 2)[..., None])).view(4, 16).char()
+    )
     shifted = f.quantize(x, own.scale, torch.full((4, 2), 3, dtype=torch.int32))
     assert torch.equal(shifted.codes, (f.steps(x, own.scale, None) + 3).clamp(-8, 7).view(4, 16).char())
 

@@ -6,6 +6,11 @@ from dataclasses import dataclass
 import torch
 
 from aotrain.formats import AffineFormat, AffineTensor
+from aotrain.kernels.fake_quantize import (
+    fake_quantize_affine,
+    fake_quantize_affine_backward,
+    fake_quantize_affine_backward_,
+)
 from aotrain.quantization.schemes.base import Encoded, TensorScheme, refuse_given
 
 
@@ -43,7 +48,11 @@ class AffineScheme(TensorScheme):
             return None
         return f"the last dimension of {tuple(shape)} is no multiple of the group size {size}: choose a smaller group"
 
+    def values(self, x: torch.Tensor) -> torch.Tensor:
+        return fake_quantize_affine(x.detach(), self.format)
+
     def pass_gradient(self, grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        x = x.detach()
-        inside = self.format.in_range(x, *self.format.parameters(x))
-        return torch.where(inside, grad, torch.zeros_like(grad))
+        return fake_quantize_affine_backward(grad, x.detach(), self.format)
+
+    def pass_gradient_(self, grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return fake_quantize_affine_backward_(grad, x.detach(), self.format)

@@ -78,6 +78,10 @@ class TensorScheme(ABC):
         """
         return grad
 
+    def pass_gradient_(self, grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """`pass_gradient` of a grad that nobody else needs: may write into it, and returns it or another tensor."""
+        return self.pass_gradient(grad, x)
+
 
 def refuse_given(scheme: TensorScheme, **given: torch.Tensor | None) -> None:
     """Raise ValueError for scales that a scheme has no use for."""

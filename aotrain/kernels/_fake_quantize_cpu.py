@@ -1,0 +1,84 @@
+"""`aotrain::fake_quantize_affine` and its backward on CPU: csrc/cpu/fake_quantize.cpp, called through ctypes."""
+
+import ctypes
+import functools
+from array import array
+
+import torch
+
+from aotrain.formats import AffineFormat, MappingType, ZeroPointDomain
+from aotrain.kernels._native import native_library
+
+# Enums Isa, Input and Mapping of csrc/cpu/{isa,fake_quantize}.h.
+ISAS = {"scalar": 0, "avx2": 1, "avx512": 2}
+_INPUTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_MAPPINGS = {MappingType.SYMMETRIC: 0, MappingType.SYMMETRIC_NO_CLIPPING_ERR: 1, MappingType.ASYMMETRIC: 2}
+
+
+@functools.lru_cache(maxsize=1)
+def library() -> tuple[ctypes.CDLL | None, str | None]:
+    """(the compiled kernel, None) or (None, why it is not there)."""
+    found, reason = native_library("fake_quantize")
+    if found is not None:
+        found.aotrain_fake_quantize.restype = None
+        found.aotrain_fake_quantize.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_int)
+    return found, reason
+
+
+def problem(x: torch.Tensor) -> str | None:
+    """Why the kernel cannot take this tensor, whatever the format; None when it can."""
+    found, reason = library()
+    if found is None:
+        return reason
+    if x.dtype not in _INPUTS or x.numel() == 0 or x.layout != torch.strided:
+        return "the tensor is empty, sparse or of another dtype"
+    return None
+
+
+def fake_quantize(
+    x: torch.Tensor,
+    form: AffineFormat,
+    grad: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    isa: str | None = None,
+) -> torch.Tensor:
+    """Values of x's codes, or the gradient of x from theirs, for a tensor without `problem`.
+
+    Args:
+        x: [..., K], a multiple of the group size.
+        form: a format that `fake_quantize.kernel_gap` has nothing against.
+        grad: gradient of the values, in x's shape and dtype.
+        out: contiguous; default a new tensor. May be grad.
+        isa: instruction set; default the fastest. Tests choose.
+    """
+    found, reason = library()
+    if found is None:
+        raise RuntimeError(f"The C++ kernel of aotrain::fake_quantize_affine cannot run: {reason}.")
+    x = x.contiguous()
+    grad = None if grad is None else grad.contiguous()
+    out = x.new_empty(x.shape) if out is None else out
+    size = x.shape[-1] if form.group_size is None else form.group_size
+    table = array(
+        "q",
+        (
+            *(x.data_ptr(), 0 if grad is None else grad.data_ptr(), out.data_ptr(), x.numel() // size, size),
+            *_constants(form, x.dtype),
+        ),
+    )
+    found.aotrain_fake_quantize(
+        table.buffer_info()[0],
+        found.aotrain_fake_quantize_isa() if isa is None else ISAS[isa],
+        torch.get_num_threads(),
+    )
+    return out
+
+
+@functools.lru_cache(maxsize=256)
+def _constants(form: AffineFormat, dtype: torch.dtype) -> tuple[int, ...]:
+    compute = form.compute_dtype or dtype
+    zero_point = 0 if form.domain is ZeroPointDomain.NONE else form.center
+    return (
+        *(form.quant_min, form.quant_max, zero_point, _MAPPINGS[form.mapping]),
+        *(_INPUTS[dtype], _INPUTS[form.scale_dtype or dtype], int(compute == torch.float32)),
+        int(torch.tensor(form.smallest_scale(compute), dtype=torch.float32).view(torch.int32)),
+    )

@@ -1,0 +1,178 @@
+"""Fake quantization to integer formats: values of the codes, and their straight-through gradient, in one pass each.
+
+    values(x)         = dequantize(quantize(x))                               (formats.AffineFormat)
+    backward(grad, x) = grad where x has a code without saturating, else 0
+
+Backward finds scales and saturation again from x: nothing is kept for it but x. Both have the bits of `AffineFormat`.
+
+On CUDA, a Triton kernel; on CPU, a C++ kernel (`_fake_quantize_cpu`): both for zero points that are codes or absent, with
+arithmetic in float32 or the dtype of x. Everything else runs the definition.
+"""
+
+import functools
+
+import torch
+
+from aotrain.formats import AffineFormat, MappingType, ZeroPointDomain
+from aotrain.kernels import _fake_quantize_cpu
+from aotrain.kernels._dispatch import MIN_CAPABILITY, triton_problem, warn_slow
+from aotrain.kernels._library import LIBRARY
+
+_FORMAT = (
+    "int quant_min, int quant_max, int? group_size, str mapping, str domain, ScalarType? scale_dtype=None,"
+    " ScalarType? compute_dtype=None, float? eps=None"
+)
+_TAGS = (torch.Tag.needs_fixed_stride_order,)
+LIBRARY.define(f"fake_quantize_affine(Tensor x, {_FORMAT}) -> Tensor", tags=_TAGS)
+LIBRARY.define(f"fake_quantize_affine_backward(Tensor grad, Tensor x, {_FORMAT}) -> Tensor", tags=_TAGS)
+LIBRARY.define(f"fake_quantize_affine_backward_(Tensor(a!) grad, Tensor x, {_FORMAT}) -> ()", tags=_TAGS)
+
+# What an op takes for an AffineFormat.
+_Arguments = tuple[int, int, int | None, str, str, torch.dtype | None, torch.dtype | None, float | None]
+
+
+def fake_quantize_affine(x: torch.Tensor, form: AffineFormat) -> torch.Tensor:
+    """Values of the codes of a tensor: `form.dequantize(form.quantize(x), x.dtype)`, contiguous.
+
+    Args:
+        x: [..., K] float32, bfloat16 or float16, any strides; K a multiple of the group size.
+        form: the integer format.
+
+    Raises:
+        ValueError: another dtype, or a K that the group size does not divide.
+    """
+    return torch.ops.aotrain.fake_quantize_affine(x, *_arguments(form))
+
+
+def fake_quantize_affine_backward(grad: torch.Tensor, x: torch.Tensor, form: AffineFormat) -> torch.Tensor:
+    """Straight-through gradient of x: `grad` where x's code does not saturate, else 0; contiguous.
+
+    Args:
+        grad: gradient of the values, in the shape of x, any floating dtype.
+        x: [..., K] as for `fake_quantize_affine`.
+        form: the integer format.
+
+    Raises:
+        ValueError: grad has another shape than x, or as for `fake_quantize_affine`.
+    """
+    return torch.ops.aotrain.fake_quantize_affine_backward(grad, x, *_arguments(form))
+
+
+def fake_quantize_affine_backward_(grad: torch.Tensor, x: torch.Tensor, form: AffineFormat) -> torch.Tensor:
+    """`fake_quantize_affine_backward` into its first argument, which it returns: touches only what saturates."""
+    torch.ops.aotrain.fake_quantize_affine_backward_(grad, x, *_arguments(form))
+    return grad
+
+
+def kernel_gap(form: AffineFormat, dtype: torch.dtype) -> str | None:
+    """What of a format the kernels do not do for tensors of this dtype; None when they do all of it."""
+    if form.domain is ZeroPointDomain.FLOAT:
+        return "there is no kernel for zero points that are values"
+    if form.compute_dtype not in (None, dtype, torch.float32):
+        return f"there is no kernel for {form.compute_dtype} arithmetic on {dtype}"
+    if form.mapping is MappingType.SYMMETRIC_NO_CLIPPING_ERR and not form.quant_min < 0 < form.quant_max:
+        return "there is no kernel for a mapping that never clips to codes of one sign"
+    return None
+
+
+@functools.lru_cache(maxsize=256)
+def _arguments(form: AffineFormat) -> _Arguments:
+    return (
+        *(form.quant_min, form.quant_max, form.group_size, form.mapping.name, form.domain.name),
+        *(form.scale_dtype, form.compute_dtype, form.eps),
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _format(
+    quant_min: int,
+    quant_max: int,
+    group_size: int | None,
+    mapping: str,
+    domain: str,
+    scale_dtype: torch.dtype | None = None,
+    compute_dtype: torch.dtype | None = None,
+    eps: float | None = None,
+) -> AffineFormat:
+    return AffineFormat(
+        *(quant_min, quant_max, group_size, MappingType[mapping], ZeroPointDomain[domain]),
+        *(scale_dtype, compute_dtype, eps),
+    )
+
+
+def _reference(x: torch.Tensor, *arguments: int) -> torch.Tensor:
+    form = _format(*arguments)
+    return form.dequantize(form.quantize(x.contiguous()), x.dtype)
+
+
+def _reference_backward(grad: torch.Tensor, x: torch.Tensor, *arguments: int) -> torch.Tensor:
+    form = _format(*arguments)
+    _check_grad(grad, x)
+    x = x.contiguous()
+    return grad.contiguous().where(form.in_range(x, *form.parameters(x)), 0)
+
+
+def _reference_backward_(grad: torch.Tensor, x: torch.Tensor, *arguments: int) -> None:
+    grad.copy_(_reference_backward(grad, x, *arguments))
+
+
+def _check_grad(grad: torch.Tensor, x: torch.Tensor) -> None:
+    if grad.shape != x.shape:
+        raise ValueError(
+            f"fake_quantize_affine_backward got a grad of shape {tuple(grad.shape)}; want that of x, {tuple(x.shape)}."
+        )
+
+
+def _fits(x: torch.Tensor, form: AffineFormat) -> bool:
+    """Whether x is what the format takes; otherwise the definition says why not."""
+    size = form.group_size
+    return x.dim() > 0 and x.numel() > 0 and (size is None or x.shape[-1] % size == 0)
+
+
+def _cpu_takes(x: torch.Tensor, form: AffineFormat) -> bool:
+    return _fits(x, form) and kernel_gap(form, x.dtype) is None and _fake_quantize_cpu.problem(x) is None
+
+
+def _cpu(x: torch.Tensor, *arguments: int) -> torch.Tensor:
+    form = _format(*arguments)
+    if not _cpu_takes(x, form):
+        return _reference(x, *arguments)
+    return _fake_quantize_cpu.fake_quantize(x, form)
+
+
+def _cpu_backward(grad: torch.Tensor, x: torch.Tensor, *arguments: int) -> torch.Tensor:
+    form = _format(*arguments)
+    if grad.shape != x.shape or grad.dtype != x.dtype or not _cpu_takes(x, form):
+        return _reference_backward(grad, x, *arguments)
+    return _fake_quantize_cpu.fake_quantize(x, form, grad)
+
+
+def _cpu_backward_(grad: torch.Tensor, x: torch.Tensor, *arguments: int) -> None:
+    form = _format(*arguments)
+    if grad.shape != x.shape or grad.dtype != x.dtype or not grad.is_contiguous() or not _cpu_takes(x, form):
+        grad.copy_(_cpu_backward(grad, x, *arguments))
+        return
+    _fake_quantize_cpu.fake_quantize(x, form, grad, out=grad)
+
+
+def _fake(x: torch.Tensor, *arguments: int) -> torch.Tensor:
+    return x.new_empty(x.shape)
+
+
+def _fake_backward(grad: torch.Tensor, x: torch.Tensor, *arguments: int) -> torch.Tensor:
+    return grad.new_empty(grad.shape)
+
+
+def _fake_backward_(grad: torch.Tensor, x: torch.Tensor, *arguments: int) -> None:
+    return None
+
+
+LIBRARY.impl("fake_quantize_affine", _reference, "CompositeExplicitAutograd")
+LIBRARY.impl("fake_quantize_affine", _cpu, "CPU")
+torch.library.register_fake("aotrain::fake_quantize_affine", _fake, lib=LIBRARY)
+LIBRARY.impl("fake_quantize_affine_backward", _reference_backward, "CompositeExplicitAutograd")
+LIBRARY.impl("fake_quantize_affine_backward", _cpu_backward, "CPU")
+torch.library.register_fake("aotrain::fake_quantize_affine_backward", _fake_backward, lib=LIBRARY)
+LIBRARY.impl("fake_quantize_affine_backward_", _reference_backward_, "CompositeExplicitAutograd")
+LIBRARY.impl("fake_quantize_affine_backward_", _cpu_backward_, "CPU")
+torch.library.register_fake("aotrain::fake_quantize_affine_backward_", _fake_backward_, lib=LIBRARY)

@@ -1,0 +1,58 @@
+// Values of the codes of integer formats, and their straight-through gradient: bit for bit those of AffineFormat in
+// aotrain/formats/affine.py, with zero points that are codes.
+//
+// Groups are adjacent elements. A few at a time, bounds, scales and values follow each other while the elements are in
+// the first cache: each is read once and written once.
+//
+// Compile with -ffp-contract=off. C ABI, no torch headers: one build serves every torch version.
+#include "fake_quantize.h"
+
+#include <algorithm>
+
+#define AOTRAIN_ISA scalar
+#include "fake_quantize_portable.h"
+#undef AOTRAIN_ISA
+
+#if AOTRAIN_X86
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#define AOTRAIN_ISA avx2
+#include "fake_quantize_portable.h"
+#undef AOTRAIN_ISA
+#pragma GCC pop_options
+#include "fake_quantize_avx512.h"
+#endif
+
+namespace aotrain {
+namespace {
+
+constexpr int64_t kUnitElements = 32768;  // a thread takes about as many at a time
+
+GroupRange select(int isa, const FakeQuantize& f) {
+#if AOTRAIN_X86
+    if (isa == kAvx512) return avx512::select(f);
+    if (isa == kAvx2) return avx2::select(f);
+#endif
+    (void)isa;
+    return scalar::select(f);
+}
+
+}  // namespace
+}  // namespace aotrain
+
+extern "C" {
+
+// The fastest path this CPU has, an Isa.
+int aotrain_fake_quantize_isa() { return aotrain::best_isa(); }
+
+// `isa` must be one that the CPU has.
+void aotrain_fake_quantize(const aotrain::FakeQuantize* call, int isa, int threads) {
+    using namespace aotrain;
+    const FakeQuantize& f = *call;
+    const GroupRange run = select(isa, f);
+    const int64_t each = std::max<int64_t>(1, kUnitElements / f.size / kGroups) * kGroups;
+    const int64_t units = (f.groups + each - 1) / each;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && units > 1)
+    for (int64_t unit = 0; unit < units; unit++) run(f, unit * each, std::min(f.groups, (unit + 1) * each));
+}
+}

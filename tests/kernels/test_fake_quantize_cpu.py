@@ -1,0 +1,130 @@
+"""The C++ kernel of fake quantization against AffineFormat: bit for bit, on every instruction set."""
+
+import itertools
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from aotrain.formats import AffineFormat, MappingType, ZeroPointDomain, integer_format
+from aotrain.kernels import _fake_quantize_cpu as cpu
+from aotrain.kernels.fake_quantize import kernel_gap
+from aotrain.testing import adversarial_matrix, all_bfloat16_values, assert_bitwise_equal
+from tests.kernels.native import build_or_skip, isa_or_skip
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+RANGES = [(-1, 0), (-2, 1), (-4, 3), (-8, 7), (-7, 7), (-128, 127), (0, 1), (0, 15), (0, 255), (-6, 2)]
+KINDS = [(mapping, ZeroPointDomain.INT) for mapping in MappingType] + [
+    (MappingType.SYMMETRIC, ZeroPointDomain.NONE),
+    (MappingType.SYMMETRIC_NO_CLIPPING_ERR, ZeroPointDomain.NONE),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _built() -> None:
+    build_or_skip("fake_quantize", cpu)
+
+
+@pytest.fixture(params=list(cpu.ISAS))
+def isa(request: pytest.FixtureRequest) -> str:
+    return isa_or_skip("fake_quantize", cpu, request.param)
+
+
+def check(x: torch.Tensor, form: AffineFormat, isa: str) -> None:
+    if kernel_gap(form, x.dtype) is not None:
+        return
+    assert cpu.problem(x) is None
+    q = form.quantize(x)
+    assert_bitwise_equal(cpu.fake_quantize(x, form, isa=isa), form.dequantize(q, x.dtype), what=f"values, {form}")
+    inside = form.in_range(x, q.scale, q.zero_point)
+    grad = torch.randn(x.shape).to(x.dtype)
+    want = grad.where(inside, 0)
+    assert_bitwise_equal(cpu.fake_quantize(x, form, grad, isa=isa), want, what=f"gradient, {form}")
+    assert cpu.fake_quantize(x, form, grad, out=grad, isa=isa) is grad
+    assert_bitwise_equal(grad, want, what=f"gradient in place, {form}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("mapping", "domain"), KINDS, ids=lambda kind: kind.name)
+def test_every_format(mapping: MappingType, domain: ZeroPointDomain, dtype: torch.dtype, isa: str):
+    x = torch.cat([adversarial_matrix(35, 96, dtype), torch.randn(4, 96).abs().to(dtype)])
+    for (lo, hi), group_size in itertools.product(RANGES, (32, None)):
+        check(x, AffineFormat(lo, hi, group_size, mapping, domain), isa)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mapping", MappingType, ids=lambda mapping: mapping.name)
+def test_dtypes_of_scales_and_arithmetic(mapping: MappingType, dtype: torch.dtype, isa: str):
+    x = adversarial_matrix(35, 32, dtype)
+    for scale_dtype, compute_dtype in itertools.product((None, *DTYPES), (None, *DTYPES)):
+        for eps in (None, 1e-12, 0.03):
+            check(x, AffineFormat(-8, 7, 16, mapping, ZeroPointDomain.INT, scale_dtype, compute_dtype, eps), isa)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mapping", MappingType, ids=lambda mapping: mapping.name)
+def test_every_value_of_16_bits_beside_a_larger_one(mapping: MappingType, dtype: torch.dtype, isa: str):
+    x = all_bfloat16_values()
+    x = x.view(torch.float16) if dtype == torch.float16 else x.to(dtype)
+    x = torch.stack([x, x * 1.5, x * -0.375, x * 7.0], dim=-1)
+    for bits in (2, 4, 8):
+        check(x, integer_format(bits, group_size=4, mapping=mapping), isa)
+    # Every value as a part of the same bound, where rounding twice matters.
+    finite = x[:, 0][x[:, 0].abs() <= 7.5]
+    finite = torch.cat([finite, finite.new_tensor([7.5, -7.5]), finite.new_zeros(-(finite.numel() + 2) % 62)]).view(
+        -1, 62
+    )
+    bound = torch.tensor([[7.5, -7.5]]).to(dtype)
+    for factor in (1.0, 0.8, 1.3, 1.7):
+        rows = torch.cat([finite, bound.expand(len(finite), 2)], dim=1) * factor
+        for bits in (2, 3, 4, 8):
+            check(rows, integer_format(bits, group_size=64, mapping=mapping), isa)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nans_infinities_and_overflows_take_their_group_and_no_other(dtype: torch.dtype, isa: str):
+    x = torch.randn(24, 64).to(dtype)
+    x[0, 3], x[1, 40], x[2, 63], x[3, 0], x[3, 1] = math.nan, math.inf, -math.inf, -math.nan, math.inf
+    limit = torch.finfo(dtype).max
+    x[20, 7], x[20, 9], x[21, 0], x[22, 1] = limit, -limit, limit, -limit
+    for mapping, bits, group_size in itertools.product(MappingType, (1, 2, 4, 8), (8, 64, None)):
+        for scale_dtype in (None, torch.float16):
+            check(x, integer_format(bits, group_size=group_size, mapping=mapping, scale_dtype=scale_dtype), isa)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 16, 31, 33, 48, 64, 100, 255, 300, 2049])
+@pytest.mark.parametrize("groups", [1, 3, 16, 17, 37])
+def test_tails(size: int, groups: int, isa: str):
+    for dtype in DTYPES:
+        x = torch.randn(2, size * groups).to(dtype)
+        for mapping in (MappingType.SYMMETRIC, MappingType.ASYMMETRIC):
+            check(x, integer_format(4, group_size=size, mapping=mapping), isa)
+
+
+def test_threads_do_not_change_the_bits():
+    x = torch.randn(300, 1152).bfloat16()
+    isa = list(cpu.ISAS)[cpu.library()[0].aotrain_fake_quantize_isa()]
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        for group_size in (32, None):
+            check(x, integer_format(4, group_size=group_size), isa)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_without_the_library_the_definition_runs():
+    script = (
+        "import torch\nfrom aotrain.formats import integer_format\nfrom aotrain.kernels import _fake_quantize_cpu\n"
+        "from aotrain.kernels.fake_quantize import fake_quantize_affine\n"
+        "f = integer_format(4)\nx = torch.randn(5, 7)\n"
+        "assert torch.equal(fake_quantize_affine(x, f), f.dequantize(f.quantize(x), x.dtype))\n"
+        "print(_fake_quantize_cpu.problem(x))\n"
+    )
+    environment = {**os.environ, "AOTRAIN_NO_NATIVE": "1", "PYTHONPATH": str(Path(cpu.__file__).parents[2])}
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert "AOTRAIN_NO_NATIVE is set" in result.stdout, result.stderr
