@@ -5,8 +5,8 @@
 
 Backward finds scales and saturation again from x: nothing is kept for it but x. Both have the bits of `AffineFormat`.
 
-On CUDA, a Triton kernel; on CPU, a C++ kernel (`_fake_quantize_cpu`): both for zero points that are codes or absent, with
-arithmetic in float32 or the dtype of x. Everything else runs the definition.
+On CUDA, a Triton kernel; on CPU, a C++ kernel (`_fake_quantize_cpu`): both for zero points that are codes or absent,
+with arithmetic in float32 or the dtype of x. Everything else runs the definition.
 """
 
 import functools
@@ -155,6 +155,45 @@ def _cpu_backward_(grad: torch.Tensor, x: torch.Tensor, *arguments: int) -> None
     _fake_quantize_cpu.fake_quantize(x, form, grad, out=grad)
 
 
+def _triton_takes(x: torch.Tensor, form: AffineFormat) -> bool:
+    """Whether the Triton kernel does this; warns where it is the kernel or Triton that is missing."""
+    if not _fits(x, form) or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False  # nothing to do, or the definition raises
+    reason = kernel_gap(form, x.dtype) or triton_problem(x.device, MIN_CAPABILITY)
+    if reason is not None:
+        warn_slow("fake_quantize_affine", reason)
+    return reason is None
+
+
+def _cuda(x: torch.Tensor, *arguments: int) -> torch.Tensor:
+    """The Triton kernel where there is one. Tests call these with CPU tensors under Triton's interpreter."""
+    form = _format(*arguments)
+    if not _triton_takes(x, form):
+        return _reference(x, *arguments)
+    from aotrain.kernels.triton.fake_quantize import fake_quantize
+
+    return fake_quantize(x, form)
+
+
+def _cuda_backward(grad: torch.Tensor, x: torch.Tensor, *arguments: int) -> torch.Tensor:
+    form = _format(*arguments)
+    if grad.shape != x.shape or not _triton_takes(x, form):
+        return _reference_backward(grad, x, *arguments)
+    from aotrain.kernels.triton.fake_quantize import fake_quantize
+
+    return fake_quantize(x, form, grad)
+
+
+def _cuda_backward_(grad: torch.Tensor, x: torch.Tensor, *arguments: int) -> None:
+    form = _format(*arguments)
+    if grad.shape != x.shape or not grad.is_contiguous() or not _triton_takes(x, form):
+        grad.copy_(_cuda_backward(grad, x, *arguments))
+        return
+    from aotrain.kernels.triton.fake_quantize import fake_quantize
+
+    fake_quantize(x, form, grad, out=grad)
+
+
 def _fake(x: torch.Tensor, *arguments: int) -> torch.Tensor:
     return x.new_empty(x.shape)
 
@@ -169,10 +208,13 @@ def _fake_backward_(grad: torch.Tensor, x: torch.Tensor, *arguments: int) -> Non
 
 LIBRARY.impl("fake_quantize_affine", _reference, "CompositeExplicitAutograd")
 LIBRARY.impl("fake_quantize_affine", _cpu, "CPU")
+LIBRARY.impl("fake_quantize_affine", _cuda, "CUDA")
 torch.library.register_fake("aotrain::fake_quantize_affine", _fake, lib=LIBRARY)
 LIBRARY.impl("fake_quantize_affine_backward", _reference_backward, "CompositeExplicitAutograd")
 LIBRARY.impl("fake_quantize_affine_backward", _cpu_backward, "CPU")
+LIBRARY.impl("fake_quantize_affine_backward", _cuda_backward, "CUDA")
 torch.library.register_fake("aotrain::fake_quantize_affine_backward", _fake_backward, lib=LIBRARY)
 LIBRARY.impl("fake_quantize_affine_backward_", _reference_backward_, "CompositeExplicitAutograd")
 LIBRARY.impl("fake_quantize_affine_backward_", _cpu_backward_, "CPU")
+LIBRARY.impl("fake_quantize_affine_backward_", _cuda_backward_, "CUDA")
 torch.library.register_fake("aotrain::fake_quantize_affine_backward_", _fake_backward_, lib=LIBRARY)

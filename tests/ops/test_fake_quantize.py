@@ -69,3 +69,33 @@ def test_a_vector_is_a_row():
     scheme = SCHEMES["int8"]
     one = fake_quantized_linear(row, weight, bias, scheme.activation, scheme.weight)
     assert torch.equal(one, fake_quantized_linear(row[None], weight, bias, scheme.activation, scheme.weight)[0])
+
+
+@pytest.mark.parametrize("name", ["int4-g32", "8da4w"])
+def test_compiles_into_one_graph_once(name: str):
+    torch.compiler.reset()
+    scheme, graphs = SCHEMES[name], []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def layer(x, weight, bias):
+        return fake_quantized_linear(x, weight, bias, scheme.activation, scheme.weight)
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    counted = torch.compile(layer, fullgraph=True, backend=backend)
+    for _ in range(2):
+        x, weight, bias = operands(torch.bfloat16)
+        grad = torch.ones(2, 5, 128, dtype=torch.bfloat16)
+        want = layer(x, weight, bias)
+        got = compiled(x, weight, bias)
+        assert torch.equal(got, want)
+        for mine, theirs in zip(
+            torch.autograd.grad(got, (x, weight, bias), grad),
+            torch.autograd.grad(want, (x, weight, bias), grad),
+            strict=True,
+        ):
+            assert torch.equal(mine, theirs)
+        counted(x, weight, bias)
+    assert len(graphs) == 1

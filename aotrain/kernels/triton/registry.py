@@ -35,6 +35,7 @@ from aotrain.kernels.triton import (
 from aotrain.kernels.triton._adam_launch import FLOAT32_BLOCK, Class
 from aotrain.kernels.triton.adam import adam_kernel
 from aotrain.kernels.triton.kernel_variant import POINTER_OF_ELEMENT, KernelVariant
+from aotrain.kernels.triton.registry_fake_quantize import fake_quantize
 from aotrain.kernels.triton.registry_grouped import GROUPED_KERNELS
 
 _AMAX_FLAGS = {"OF_TENSOR": TENSORWISE, "OF_ROWS": ROWWISE, "OF_COLUMNS": COLWISE}
@@ -173,6 +174,7 @@ KERNELS: tuple[Callable[[], Iterator[KernelVariant]], ...] = (
     registry_mx.mx_casts,
     registry_mx.mx_transform_casts,
     adam,
+    fake_quantize,
     *GROUPED_KERNELS,
     token_permutation,
     sums_of_rows,
