@@ -29,6 +29,7 @@ from benchmarks.float8 import float8_cases
 from benchmarks.moe import moe_cases
 from benchmarks.nvfp4 import nvfp4_cases
 from benchmarks.optim import optim_cases
+from benchmarks.qat import qat_cases
 from benchmarks.routing import routing_cases
 
 # The scalings of the recipes, from which each cast of their linear layers is made.
@@ -128,5 +129,6 @@ BENCHMARKS: dict[str, Callable[[torch.device], Iterator[Case]]] = {
     "moe": moe_cases,
     "nvfp4": nvfp4_cases,
     "optim": optim_cases,
+    "qat": qat_cases,
     "routing": routing_cases,
 }

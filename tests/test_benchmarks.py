@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from aotrain.recipes import RECIPES
-from benchmarks import float8, moe, nvfp4, registry, routing, run
+from benchmarks import float8, moe, nvfp4, qat, registry, routing, run
 from benchmarks.case import Case
 
 ORIGIN = ("hardware", "driver", "torch", "triton", "commit")
@@ -157,3 +157,13 @@ def test_uneven_groups_share_all_tokens_in_multiples_of_32():
         sizes = ends.diff(prepend=torch.zeros(1, dtype=torch.int32))
         assert (ends.dtype, ends[-1], len(ends)) == (torch.int32, 1024, experts)
         assert bool(((sizes > 0) & (sizes % 32 == 0)).all())
+
+
+def test_fake_quantized_layers_keep_no_more_than_bfloat16(tmp_path, monkeypatch):
+    monkeypatch.setattr(qat, "CPU_SHAPES", ((32, 64, 96),))
+    monkeypatch.setattr(qat.importlib.util, "find_spec", lambda name: None)
+    eager = [case for case in qat.qat_cases(torch.device("cpu")) if case.group.endswith("eager")]
+    assert [case.name for case in eager] == ["qat-bf16", "qat-aotrain-int4-g32", "qat-aotrain-8da4w"]
+    for case in eager:
+        case.check()
+        assert case.bytes_kept == 2 * case.elements
