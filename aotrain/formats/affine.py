@@ -18,8 +18,8 @@ amax saturate. Quantizing a dequantized tensor again with scales of its own give
 never clips is idempotent): keep the scales that were used.
 
 Scales are at least `eps`, and never below the smallest normal number of the dtype that they are stored in, so a block
-of zeros gives zeros. A block with a NaN or an infinity dequantizes to NaN everywhere, as in every other format here, and
-so does one whose scale or zero point is too large for its dtype, such as a difference of 70000 in float16.
+of zeros gives zeros. A block with a NaN or an infinity dequantizes to NaN everywhere, as in every other format here. So
+does one whose scale or zero point is too large for its dtype, such as a difference of 70000 in float16.
 
 Source: the integer formats of torchao's `quant_primitives` and of compressed-tensors; docs/numerics.md, section 13.
 """
