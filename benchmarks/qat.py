@@ -48,7 +48,7 @@ def _layers(linear: torch.nn.Linear) -> dict[str, _Layer]:
     return layers
 
 
-def _ours(weight: torch.nn.Parameter, name: str) -> _Layer:
+def _ours(weight: torch.Tensor, name: str) -> _Layer:
     scheme = SCHEMES[name]
     return lambda x: fake_quantized_linear(x, weight, None, scheme.activation, scheme.weight)
 
@@ -56,21 +56,22 @@ def _ours(weight: torch.nn.Parameter, name: str) -> _Layer:
 def _peers(linear: torch.nn.Linear) -> dict[str, _Layer]:
     """torchao's layers of the same schemes, prepared as its users do."""
     from torchao.quantization import quantize_
-    from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
+    from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig, QATStep
 
+    # pyrefly: ignore[missing-attribute]
     weights = IntxFakeQuantizeConfig(torch.int4, group_size=32)
     tokens = IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False)
     layers: dict[str, _Layer] = {}
     for name, activations in (("int4-g32", None), ("8da4w", tokens)):
         model = torch.nn.Sequential(torch.nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta"))
         model[0].weight = linear.weight
-        quantize_(model, QATConfig(activation_config=activations, weight_config=weights, step="prepare"))
+        quantize_(model, QATConfig(activation_config=activations, weight_config=weights, step=QATStep.PREPARE))
         assert model[0].weight is linear.weight, "the peer made a weight of its own"
         layers[f"torchao-{name}"] = model[0]
     return layers
 
 
-def _case(name: str, layer: _Layer, weight: torch.nn.Parameter, x: torch.Tensor, grad: torch.Tensor, mode: str) -> Case:
+def _case(name: str, layer: _Layer, weight: torch.Tensor, x: torch.Tensor, grad: torch.Tensor, mode: str) -> Case:
     def run() -> tuple[torch.Tensor, ...]:
         y = layer(x)
         return (y.detach(), *torch.autograd.grad(y, (x, weight), grad))

@@ -207,11 +207,13 @@ class AffineFormat:
                 f"AffineFormat got x of shape {tuple(x.shape)} with a scale of shape {tuple(scale.shape)} and a zero "
                 f"point of {given}; want {tuple(blocks.shape[:-1])}."
             )
-        if self.domain is ZeroPointDomain.FLOAT and zero_point is None:
-            raise ValueError("AffineFormat got no zero point; want one, with the scale: in domain FLOAT it is a value.")
         # A scale that is stored in a narrower dtype is still inverted in the wider one.
         scale = scale.to(torch.promote_types(blocks.dtype, scale.dtype)).unsqueeze(-1)
         if self.domain is ZeroPointDomain.FLOAT:
+            if zero_point is None:
+                raise ValueError(
+                    "AffineFormat got a scale without a zero point; want both: in domain FLOAT it is a value."
+                )
             middle = scale * ((self.quant_max + self.quant_min + 1) / 2)
             return torch.round((blocks - (zero_point.unsqueeze(-1) - middle)) / scale)
         rounded = torch.round(blocks * (torch.ones_like(scale) / scale))

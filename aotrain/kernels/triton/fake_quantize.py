@@ -198,6 +198,7 @@ def _fake_quantize_kernel(
     if FITS_TILE:
         mask = group_mask & (columns < size)[None, :]
         at = rows + columns[None, :]
+        # pyrefly: ignore[unbound-name]
         _write(x, at, mask, scale, inverse, zero_point, grad_ptr, out_ptr, LOWEST, HIGHEST, PRODUCT, BACKWARD)
     else:
         for start in range(0, size, BLOCK_SIZE):
