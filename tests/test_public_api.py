@@ -248,10 +248,12 @@ PUBLIC = {
         "from_intx_quantization_aware_training",
         "initialize_fake_quantizers",
         "intx_quantization_aware_training",
+        "prepare_moe_qat",
         "prepare_qat",
+        "share_global_scales",
+        "unprepare_moe_qat",
     ],
     "aotrain.export": ["FORMATS", "ExportReport", "LayerReport", "export", "float8_block_weights", "formats_for"],
-    "aotrain.quantization": ["SCHEMES", "Scheme", "get_scheme", "quantize_", "register_quantize_handler"],
     "aotrain.kernels": [
         "Nvfp4Operand",
         "RowPermutation",

@@ -20,7 +20,8 @@ class FakeQuantizer(Protocol):
 
     def pass_gradient(self, grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor: ...
 
-    def pass_gradient_(self, grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor: ...
+    def pass_gradient_(self, grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return self.pass_gradient(grad, x)
 
 
 class _FakeQuantize(torch.autograd.Function):

@@ -25,7 +25,7 @@ from aotrain.ops.grouped_operands import bias_gradient, bias_of_rows, check_grou
 
 
 class SwitchedFakeQuantizer(Protocol):
-    """A fake quantizer that may be switched off; see `qat.scheme_fake_quantizer.SchemeFakeQuantizer`."""
+    """A fake quantizer that may be switched off; see `qat.FakeQuantizerBase`."""
 
     def arithmetic(self, x: torch.Tensor) -> FakeQuantizer | None: ...
 

@@ -16,6 +16,7 @@ from aotrain.qat.api import (
 from aotrain.qat.convert import convert_qat
 from aotrain.qat.distill import distillation_loss
 from aotrain.qat.embedding import FakeQuantizedEmbedding
+from aotrain.qat.experts import prepare_moe_qat, unprepare_moe_qat
 from aotrain.qat.fake_quantizer import (
     FakeQuantizer,
     FakeQuantizerBase,
@@ -24,6 +25,7 @@ from aotrain.qat.fake_quantizer import (
     IntxFakeQuantizer,
     initialize_fake_quantizers,
 )
+from aotrain.qat.fused_scales import share_global_scales
 from aotrain.qat.linear import FakeQuantizedLinear, MXFakeQuantizedLinear, NVFP4FakeQuantizedLinear
 from aotrain.qat.mx_config import MXFakeQuantizeConfig, NVFP4FakeQuantizeConfig
 from aotrain.qat.prepare import prepare_qat
@@ -79,5 +81,8 @@ __all__ = [
     "from_intx_quantization_aware_training",
     "initialize_fake_quantizers",
     "intx_quantization_aware_training",
+    "prepare_moe_qat",
     "prepare_qat",
+    "share_global_scales",
+    "unprepare_moe_qat",
 ]

@@ -26,7 +26,7 @@ from aotrain.nn.filters import ModuleFilter
 from aotrain.nn.moe import experts_problem, may_be_experts
 from aotrain.nn.report import Report, ReportRow, attach_report
 from aotrain.ops.fake_quantized_grouped_mm import FakeQuantizedMethod
-from aotrain.qat.scheme_fake_quantizer import fake_quantizer_of
+from aotrain.qat.fake_quantizer import fake_quantizer_of
 from aotrain.quantization.schemes import ScaledScheme, Scheme, get_scheme
 
 logger = logging.getLogger(__name__)

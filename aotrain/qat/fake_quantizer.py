@@ -25,6 +25,7 @@ from aotrain.qat.tensor_config import (
     Float8FakeQuantizeConfig,
     Int4WeightFakeQuantizeConfig,
     IntxFakeQuantizeConfig,
+    SchemeFakeQuantizeConfig,
 )
 from aotrain.quantization.schemes import AffineScheme, Int4Float8Scheme, Q40Scheme, ScaledScheme, TensorScheme
 
@@ -207,6 +208,11 @@ _CLASSES: dict[type, type[FakeQuantizerBase]] = {
 FakeQuantizer = IntxFakeQuantizer
 
 
+def fake_quantizer_of(scheme: TensorScheme | None) -> FakeQuantizerBase | None:
+    """The fake quantizer of a scheme, enabled; None for a tensor that has no scheme."""
+    return None if scheme is None else FakeQuantizerBase(SchemeFakeQuantizeConfig(scheme))
+
+
 def initialize_fake_quantizers(model: torch.nn.Module, example_inputs: tuple[Any, ...]) -> None:
     """Make the scales of fake quantizers that learn their range, from the tensors of one forward pass.
 
@@ -240,7 +246,7 @@ def is_row_local(scheme: TensorScheme) -> bool:
 
 
 @dataclass(frozen=True)
-class _Mixed:
+class _Mixed(Arithmetic):
     """Values between those of x and those of its codes; the end of both is exact in x's dtype."""
 
     arithmetic: Arithmetic
@@ -256,7 +262,7 @@ class _Mixed:
 
 
 @dataclass(frozen=True, eq=False)
-class _Fixed:
+class _Fixed(Arithmetic):
     """Integers with the scales of another tensor."""
 
     format: AffineFormat

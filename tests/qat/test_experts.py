@@ -10,6 +10,7 @@ from torch import nn
 
 from aotrain.nn import conversion_report, convert_moe_training, unconvert
 from aotrain.ops.fake_quantize import fake_quantized_linear
+from aotrain.qat import QATSchedule
 from aotrain.qat.experts import is_prepared, prepare_moe_qat, unprepare_moe_qat
 from aotrain.quantization import SCHEMES
 from aotrain.testing import assert_bitwise_equal
@@ -88,6 +89,17 @@ def test_switches_and_the_way_back():
     assert torch.equal(module(x, offs), plain)
     with pytest.raises(ValueError, match="without prepared experts"):
         unprepare_moe_qat(module)
+
+
+def test_a_schedule_reaches_experts():
+    module, (x, offs) = experts(), batch()
+    plain = module(x, offs)
+    prepare_moe_qat(module, "int2-g32")
+    quantized = module(x, offs)
+    QATSchedule(start_step=1).apply(module, 0)
+    assert torch.equal(module(x, offs), plain)
+    QATSchedule(start_step=1).apply(module, 1)
+    assert torch.equal(module(x, offs), quantized)
 
 
 def test_copies_and_pickles_are_prepared_and_apart():

@@ -9,8 +9,8 @@ from torch import nn
 from aotrain.formats import nvfp4_global_scale
 from aotrain.ops.fake_quantize import fake_quantized_linear
 from aotrain.qat.experts import prepare_moe_qat
+from aotrain.qat.fake_quantizer import fake_quantizer_of
 from aotrain.qat.fused_scales import share_global_scales
-from aotrain.qat.scheme_fake_quantizer import SchemeFakeQuantizer
 from aotrain.quantization.fused_groups import shared_global_scale
 from aotrain.quantization.schemes import Nvfp4Scheme, TensorScheme, get_scheme
 from aotrain.testing import assert_bitwise_equal
@@ -23,7 +23,7 @@ class Layer(nn.Linear):
     def __init__(self, size: int, scheme: TensorScheme, gain: float) -> None:
         super().__init__(64, size, bias=False)
         nn.init.normal_(self.weight, std=gain)
-        self.weight_fake_quantizer = SchemeFakeQuantizer(scheme)
+        self.weight_fake_quantizer = fake_quantizer_of(scheme)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return fake_quantized_linear(x, self.weight, None, None, self.weight_fake_quantizer.arithmetic(self.weight))
@@ -82,7 +82,7 @@ def test_copies_share_among_themselves():
         copied["k_proj"].weight[0, 0] = 50.0
     assert torch.equal(model["q_proj"](x), before)
     assert not torch.equal(copied["q_proj"](x), before)
-    assert "FusedNvfp4Scheme(of 3 layers)" in repr(model)
+    assert str(model["q_proj"].weight_fake_quantizer.scheme) == "FusedNvfp4Scheme(of 3 layers)"
 
 
 def test_compiled_is_eager():

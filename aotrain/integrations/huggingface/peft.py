@@ -37,7 +37,7 @@ from peft.tuners.lora import LoraLayer
 
 from aotrain.ops.fake_quantize import FakeQuantizer, fake_quantized_linear
 from aotrain.ops.fake_quantized_lora import fake_quantized_lora, low_rank_delta, merged_weight
-from aotrain.qat.scheme_fake_quantizer import fake_quantizer_of
+from aotrain.qat.fake_quantizer import fake_quantizer_of
 from aotrain.quantization.schemes import Scheme, get_scheme
 
 # Settings of peft that are refused when they are set, and why.

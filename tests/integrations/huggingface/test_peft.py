@@ -12,8 +12,8 @@ from transformers import LlamaForCausalLM
 
 from aotrain.integrations.huggingface.peft import QATLoraLinear, qat_lora_config, unseen_linears
 from aotrain.ops.fake_quantized_lora import merged_weight
+from aotrain.qat.fake_quantizer import FakeQuantizerBase, fake_quantizer_of
 from aotrain.qat.fused_scales import share_global_scales
-from aotrain.qat.scheme_fake_quantizer import SchemeFakeQuantizer
 from aotrain.quantization import get_scheme
 from aotrain.quantization.fused_groups import shared_global_scale
 from aotrain.quantization.schemes import Nvfp4Scheme, TensorScheme
@@ -141,7 +141,7 @@ def test_fake_quantizers_have_switches():
     model = adapted("int4-g32-a8")
     quantized = loss(model)
     layer = layers(model)[0]
-    assert isinstance(layer.weight_fake_quantizer, SchemeFakeQuantizer)
+    assert isinstance(layer.weight_fake_quantizer, FakeQuantizerBase)
     for each in layers(model):
         each.weight_fake_quantizer.enabled = each.activation_fake_quantizer.enabled = False
     plain = loss(model)
@@ -166,7 +166,7 @@ def prepared_llama(scheme: str) -> LlamaForCausalLM:
     for name, module in model.model.named_modules():
         if isinstance(module, torch.nn.Linear):
             module.__class__ = Prepared
-            module.weight_fake_quantizer = SchemeFakeQuantizer(get_scheme(scheme).weight)
+            module.weight_fake_quantizer = fake_quantizer_of(get_scheme(scheme).weight)
             module.activation_fake_quantizer = None
             assert name
     return model
@@ -177,7 +177,7 @@ def test_prepared_layers_bring_their_scheme():
     assert unseen_linears(model) == []
     for layer in layers(model):
         torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.05)
-    quantizers = [module for module in model.modules() if isinstance(module, SchemeFakeQuantizer)]
+    quantizers = [module for module in model.modules() if isinstance(module, FakeQuantizerBase)]
     assert len(quantizers) == 8  # one per layer, and that of the copy of o_proj
     before = loss(model)
     copied = copy.deepcopy(model)
