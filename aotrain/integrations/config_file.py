@@ -1,16 +1,22 @@
-"""Job files: YAML in, a checked pydantic object out, or one error that lists every mistake.
+"""Job files: YAML in, a checked object out, or one error that lists every mistake.
 
-``load_config(path, model, overrides)`` reads YAML safely (no tags, no duplicate keys), applies ``key.path=value``
-overrides, moves aliased keys to their real place and validates with a pydantic model whose sections forbid unknown
-keys. All problems are gathered and raised as one ``ConfigError``; each names the file and line (or the override), the
-dotted key, what was wanted, what was found and, for a misspelt key, the nearest valid one.
+``load_config(path, schema, overrides)`` reads YAML safely (no tags, no duplicate keys), applies ``key.path=value``
+overrides, moves aliased keys to their real place and validates with pydantic. A schema is made of ``Section`` classes
+or of frozen dataclasses that forbid unknown keys. All problems are gathered and raised as one ``ConfigError``; each
+names the file and line (or the override), the dotted key, what was wanted, what was found and, for a misspelt key, the
+nearest valid one.
+
+A dataclass with a field ``kwargs`` passes keys on: those that it does not name itself are gathered there, for a
+function of another library that takes them verbatim.
 
 No torch import here: a job file is checked before anything heavy is loaded.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import json
 import re
 import types
 import typing
@@ -20,9 +26,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-ModelT = TypeVar("ModelT", bound=BaseModel)
+ConfigT = TypeVar("ConfigT")
+
+# The field of a dataclass that takes the keys which it does not name.
+_KWARGS = "kwargs"
+# A key that is passed on and this close to one of the section's own is a misspelling of it.
+_MISSPELT = 0.8
 
 # A check looks at a valid config as a whole and yields (dotted key, message) for each thing that cannot work.
 Check = Callable[[Any], Iterable[tuple[str, str]]]
@@ -54,10 +65,14 @@ class Problem:
         return f"{self.where}: {self.key}: {self.message}" if self.key else f"{self.where}: {self.message}"
 
 
-class Section(BaseModel):
-    """Base of every section: unknown keys are errors, types are not coerced (except int to float), values are fixed."""
+# Unknown keys are errors, types are not coerced (except int to float).
+STRICT = ConfigDict(extra="forbid", strict=True)
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
+
+class Section(BaseModel):
+    """Base of every section: strict, and values are fixed."""
+
+    model_config = ConfigDict(**STRICT, frozen=True, populate_by_name=True)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, under the method name that training engines look for when they log their configuration."""
@@ -66,36 +81,41 @@ class Section(BaseModel):
 
 def load_config(
     path: str | Path,
-    model: type[ModelT],
+    schema: type[ConfigT],
     overrides: Sequence[str] = (),
     *,
     aliases: Mapping[str, str] | None = None,
     check: Check | None = None,
-) -> ModelT:
+    flag: str = "--set ",
+) -> ConfigT:
     """Read, override and validate a job file.
 
     Args:
         path: a YAML file whose top level is a mapping.
-        model: the schema, made of ``Section`` classes.
+        schema: made of ``Section`` classes, or of dataclasses whose ``__pydantic_config__`` is ``STRICT``.
         overrides: ``"key.path=value"`` strings; the value is read as YAML, later ones win.
         aliases: other spellings of a key, ``{"optim": "optimizer.name"}``; giving both spellings is a problem.
         check: looks at the valid config as a whole, for rules that span several keys.
+        flag: what precedes the key of an override where the author typed it, for messages.
 
     Raises:
         ConfigError: with all problems found.
     """
-    document = _Document(Path(path))
+    document = _Document(Path(path), flag)
     document.read()
+    document.rename(aliases or {})
     for override in overrides:
         document.override(override)
-    document.rename(aliases or {})
+    document.rename(aliases or {})  # of overrides
+    document.gather_kwargs(schema)
     config = None
     if not document.fatal:
         try:
-            config = model.model_validate(document.data)
+            # As JSON, whose strict mode takes lists for tuples and mappings for dataclasses, but still no "3" for 3.
+            config = TypeAdapter(schema).validate_json(json.dumps(document.data, default=str))
         except ValidationError as error:
             for detail in error.errors(include_url=False):
-                document.report(*_explain(detail, model))
+                document.report(*_explain(detail, schema))
     if config is not None and check is not None:
         for key, message in check(config):
             document.report(key, message)
@@ -116,8 +136,9 @@ _Loader.add_implicit_resolver(
 class _Document:
     """The raw mapping, where each of its keys was written, and the problems found so far."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, flag: str) -> None:
         self.path = path
+        self.flag = flag
         self.data: dict[str, Any] = {}
         self.where: dict[str, str] = {}
         self.problems: list[Problem] = []
@@ -160,14 +181,15 @@ class _Document:
         key, equals, raw = text.partition("=")
         key = key.strip()
         if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key):
-            self.problems.append(Problem(where=f"--set {text}", key="", message="want key.path=value"))
+            self.problems.append(Problem(where=f"{self.flag}{text}", key="", message="want key.path=value"))
             return
         try:
             value = yaml.load(raw, _Loader)
         except yaml.YAMLError as error:
-            self.problems.append(Problem(where=f"--set {key}", key=key, message=f"broken YAML value {raw!r}: {error}"))
+            message = f"broken YAML value {raw!r}: {error}"
+            self.problems.append(Problem(where=f"{self.flag}{key}", key=key, message=message))
             return
-        self._put(key, value, f"--set {key}")
+        self._put(key, value, f"{self.flag}{key}")
 
     def rename(self, aliases: Mapping[str, str]) -> None:
         for alias, key in aliases.items():
@@ -181,6 +203,20 @@ class _Document:
                 )
                 continue
             self._put(key, value, where)
+
+    def gather_kwargs(self, schema: type) -> None:
+        """In sections with a field for them, put the keys that they do not name there."""
+        for name, section in _sections(schema).items():
+            names, given = _names(section), self.data.get(name)
+            if _KWARGS not in names or not isinstance(given, dict):
+                continue
+            own = [key for key in names if key != _KWARGS]
+            kwargs = {key: given.pop(key) for key in list(given) if key not in own}
+            for key in kwargs:
+                if near := difflib.get_close_matches(key, own, n=1, cutoff=_MISSPELT):
+                    self.report(f"{name}.{key}", f"unknown key; did you mean '{name}.{near[0]}'?")
+            if kwargs:
+                given[_KWARGS] = kwargs
 
     def _stop(self, where: str, message: str) -> None:
         self.problems.append(Problem(where=where, key="", message=message))
@@ -246,13 +282,13 @@ class _Document:
         return True, value
 
 
-def _explain(detail: Mapping[str, Any], model: type[BaseModel]) -> tuple[str, str]:
+def _explain(detail: Mapping[str, Any], schema: type) -> tuple[str, str]:
     """One pydantic error as (dotted key, sentence)."""
     loc = tuple(str(part) for part in detail["loc"])
     key = ".".join(loc)
     kind, got = detail["type"], detail.get("input")
-    if kind == "extra_forbidden":
-        return key, _unknown_key(loc, model)
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
+        return key, _unknown_key(loc, schema)
     if kind == "missing":
         return key, "is missing and has no default"
     if kind == "literal_error":
@@ -262,22 +298,24 @@ def _explain(detail: Mapping[str, Any], model: type[BaseModel]) -> tuple[str, st
         return key, f"got {_show(got)}, want one of {', '.join(choices)}{hint}"
     if kind == "value_error":
         return key, f"{detail['ctx']['error']}"
-    if kind == "model_type":
+    if kind in ("model_type", "dataclass_type", "dict_type"):
         return key, f"got {_show(got)}, want a section of key: value lines"
+    if kind in ("list_type", "tuple_type"):
+        return key, f"got {_show(got)}, want a list"
     wanted = detail["msg"].removeprefix("Input should be ")
     return key, f"got {_show(got)}, want {wanted}"
 
 
-def _unknown_key(loc: tuple[str, ...], model: type[BaseModel]) -> str:
+def _unknown_key(loc: tuple[str, ...], schema: type) -> str:
     *parents, leaf = loc
-    section: type[BaseModel] | None = model
+    section: type | None = schema
     for name in parents:
         section = _sections(section).get(name) if section is not None else None
     siblings = _names(section) if section is not None else []
     near = difflib.get_close_matches(leaf, siblings, n=1)
     if near:
         return f"unknown key; did you mean {'.'.join([*parents, near[0]])!r}?"
-    every = _dotted_keys(model)
+    every = _dotted_keys(schema)
     near = [key for key in every if key.rpartition(".")[2] == leaf] or difflib.get_close_matches(
         ".".join(loc), every, 1
     )
@@ -286,26 +324,33 @@ def _unknown_key(loc: tuple[str, ...], model: type[BaseModel]) -> str:
     return f"unknown key; valid here: {', '.join(siblings)}"
 
 
-def _names(model: type[BaseModel]) -> list[str]:
-    return [field.alias or name for name, field in model.model_fields.items()]
+def _fields(schema: type) -> dict[str, Any]:
+    """Key and annotation of every field of a section."""
+    if issubclass(schema, BaseModel):
+        return {field.alias or name: field.annotation for name, field in schema.model_fields.items()}
+    hints = typing.get_type_hints(schema)
+    return {field.name: hints[field.name] for field in dataclasses.fields(schema)}
 
 
-def _sections(model: type[BaseModel]) -> dict[str, type[BaseModel]]:
-    """The fields of a model that are sections themselves (also optional ones)."""
+def _names(schema: type) -> list[str]:
+    return list(_fields(schema))
+
+
+def _sections(schema: type) -> dict[str, type]:
+    """The fields of a section that are sections themselves (also optional ones)."""
     result = {}
-    for name, field in model.model_fields.items():
-        annotation = field.annotation
+    for name, annotation in _fields(schema).items():
         union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
         for option in typing.get_args(annotation) if union else (annotation,):
-            if isinstance(option, type) and issubclass(option, BaseModel):
-                result[field.alias or name] = option
+            if isinstance(option, type) and (dataclasses.is_dataclass(option) or issubclass(option, BaseModel)):
+                result[name] = option
     return result
 
 
-def _dotted_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
-    sections = _sections(model)
+def _dotted_keys(schema: type, prefix: str = "") -> list[str]:
+    sections = _sections(schema)
     keys = []
-    for name in _names(model):
+    for name in _names(schema):
         keys += _dotted_keys(sections[name], f"{prefix}{name}.") if name in sections else [f"{prefix}{name}"]
     return keys
 

@@ -1,12 +1,13 @@
 """Job files: what is accepted, and what every kind of mistake looks like to its author."""
 
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 from pydantic import Field, field_validator
 
-from aotrain.integrations.config_file import ConfigError, JobError, Section, load_config
+from aotrain.integrations.config_file import STRICT, ConfigError, JobError, Section, load_config
 
 
 class Inner(Section):
@@ -231,3 +232,57 @@ def test_config_cannot_be_changed(write):
     config = load_config(write("inner: {steps: 1}"), Root)
     with pytest.raises(ValueError, match="frozen"):
         config.inner.steps = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Passing:
+    __pydantic_config__ = STRICT
+    path: str
+    pair: tuple[float, float] = (0.9, 0.95)
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataclassRoot:
+    __pydantic_config__ = STRICT
+    passing: Passing
+    inner: Inner | None = None
+    rate: float = 0.1
+
+
+def test_a_schema_of_frozen_dataclasses(write):
+    config = load_config(write("passing: {path: a, pair: [1, 2e-1]}\ninner: {steps: 1}\nrate: 2e-5\n"), DataclassRoot)
+    assert config == DataclassRoot(passing=Passing(path="a", pair=(1.0, 0.2)), inner=Inner(steps=1), rate=2e-5)
+
+
+def test_unnamed_keys_are_gathered_for_the_function_that_takes_them(write):
+    text = "passing: {path: a, revision: main, limit: 1e3, nested: {kwargs: [1]}, kwargs: 7}"
+    config = load_config(write(text), DataclassRoot, ["passing.limit=5", "passing.more.deep=null"])
+    assert config.passing.kwargs == {
+        "revision": "main",
+        "limit": 5,
+        "nested": {"kwargs": [1]},
+        "kwargs": 7,
+        "more": {"deep": None},
+    }
+
+
+def test_mistakes_in_dataclasses_look_the_same(write):
+    path = write("passing:\n  pth: a\nratee: 1\nrate: '2e-5'\ninner: 3\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, DataclassRoot, ["passing.pair=1"], flag="--")
+    assert sorted(str(problem) for problem in caught.value.problems) == sorted(
+        [
+            "--passing.pair: passing.pair: got 1 (int), want a list",
+            f"{path}:1: passing.path: is missing and has no default",
+            f"{path}:2: passing.pth: unknown key; did you mean 'passing.path'?",
+            f"{path}:3: ratee: unknown key; did you mean 'rate'?",
+            f"{path}:4: rate: got '2e-5' (str), want a valid number",
+            f"{path}:5: inner: got 3 (int), want a section of key: value lines",
+        ]
+    )
+
+
+def test_an_override_goes_below_a_key_that_was_written_by_another_name(write):
+    path = write("inner: {steps: 1}\nother: mine\n")
+    assert load_config(path, Root, ["other.project=yours"], aliases={"other": "other.project"}).other.project == "yours"
