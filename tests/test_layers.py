@@ -35,8 +35,8 @@ ALLOWED = {
 CONFINED = {
     "triton": ("kernels/triton/", "testing/interpreter.py"),
     "torchtitan": ("integrations/torchtitan/",),
-    "datasets": ("integrations/torchtitan/",),
-    "tokenizers": ("integrations/torchtitan/",),
+    "datasets": ("integrations/torchtitan/", "integrations/huggingface/"),
+    "tokenizers": ("integrations/byte_tokenizer.py",),
     "transformers": ("integrations/huggingface/",),
     "trl": ("integrations/huggingface/",),
     "accelerate": ("integrations/huggingface/",),

@@ -9,6 +9,7 @@ from torchtitan.models.common.attention import FlexAttention
 from torchtitan.models.common.moe import GroupedExperts
 from torchtitan.trainer import Trainer
 
+from aotrain.integrations.byte_tokenizer import BYTE_VOCAB_SIZE
 from aotrain.integrations.config_file import JobError
 from aotrain.integrations.torchtitan import compat
 from aotrain.integrations.torchtitan.attention import DocumentSDPA
@@ -18,7 +19,6 @@ from aotrain.integrations.torchtitan.dispatcher import QuantizedTokenDispatcher,
 from aotrain.integrations.torchtitan.job import load_job
 from aotrain.integrations.torchtitan.linear import Float8Linear
 from aotrain.integrations.torchtitan.models import vocab_size
-from aotrain.integrations.torchtitan.tokenizer import BYTE_VOCAB_SIZE
 
 from .conftest import CONFIGS
 

@@ -11,6 +11,7 @@ from torchtitan.config.override import OverrideConfig, apply_overrides
 from torchtitan.models.common.linear import Linear
 
 import aotrain.nn
+from aotrain.integrations.byte_tokenizer import byte_tokenizer_dir
 from aotrain.integrations.torchtitan import build
 from aotrain.integrations.torchtitan.build import build_config
 from aotrain.integrations.torchtitan.converters import Float8Converter
@@ -18,7 +19,6 @@ from aotrain.integrations.torchtitan.linear import Float8Linear, NVFP4Linear, fl
 from aotrain.integrations.torchtitan.metrics_file import read_rows
 from aotrain.integrations.torchtitan.models import llama3_spec
 from aotrain.integrations.torchtitan.optim import EMBEDDING, optimizer_config, with_low_bit
-from aotrain.integrations.torchtitan.tokenizer import byte_tokenizer_dir
 from aotrain.integrations.torchtitan.train import _single_process_environment, _train
 from aotrain.nn.fsdp_weight import FsdpWeight
 from aotrain.recipes import RECIPES

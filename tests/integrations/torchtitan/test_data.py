@@ -11,11 +11,11 @@ import torch.distributed.checkpoint as dcp
 from datasets import Dataset, IterableDataset
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
+from aotrain.integrations.byte_tokenizer import byte_tokenizer_dir
 from aotrain.integrations.config_file import JobError
 from aotrain.integrations.torchtitan import corpora
 from aotrain.integrations.torchtitan.data import TextDataLoader
 from aotrain.integrations.torchtitan.job import Data
-from aotrain.integrations.torchtitan.tokenizer import byte_tokenizer_dir
 from tests.distributed.ranks import run_ranks
 
 KINDS = ["stdlib", "text", "json", "parquet", "hub", "c4"]

@@ -15,9 +15,9 @@ import pytest
 import torch
 from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher
 
+from aotrain.integrations.byte_tokenizer import byte_tokenizer_dir
 from aotrain.integrations.torchtitan import compat
 from aotrain.integrations.torchtitan.dispatcher import QuantizedTokenDispatcher, dispatcher_config
-from aotrain.integrations.torchtitan.tokenizer import byte_tokenizer_dir
 from aotrain.testing import assert_bitwise_equal
 
 from .conftest import CONFIGS, TINY

@@ -7,9 +7,9 @@ import pytest
 from datasets import Dataset
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
+from aotrain.integrations.byte_tokenizer import byte_tokenizer_dir
 from aotrain.integrations.config_file import JobError
 from aotrain.integrations.torchtitan.packing import PackedStream, PackedText, Turns, choose_num_streams
-from aotrain.integrations.torchtitan.tokenizer import byte_tokenizer_dir
 
 DOCUMENTS = ["abcdefghij", "kl", "mnopqrstuvwxyz0123456789", "A", "BCD", "EFGHIJKLMNOP"]
 # Distinct texts of uneven length; enough for one per sequence of the global batch.

@@ -4,9 +4,9 @@ import pytest
 from torchtitan.config import ConfigManager
 from torchtitan.models.common.attention import FlexAttention
 
+from aotrain.integrations.byte_tokenizer import byte_tokenizer_dir
 from aotrain.integrations.torchtitan import registry
 from aotrain.integrations.torchtitan.attention import DocumentSDPA
-from aotrain.integrations.torchtitan.tokenizer import byte_tokenizer_dir
 from aotrain.integrations.torchtitan.train import _single_process_environment, _train
 
 MODULE = "aotrain.integrations.torchtitan.registry"

@@ -5,8 +5,9 @@ import json
 import pytest
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
+from aotrain.integrations.byte_tokenizer import BYTE_VOCAB_SIZE, byte_tokenizer_dir
 from aotrain.integrations.config_file import JobError
-from aotrain.integrations.torchtitan.tokenizer import BYTE_VOCAB_SIZE, byte_tokenizer_dir, resolve_tokenizer
+from aotrain.integrations.torchtitan.tokenizer import resolve_tokenizer
 
 
 @pytest.fixture
