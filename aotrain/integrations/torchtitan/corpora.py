@@ -7,7 +7,6 @@ streams) come shuffled by a fixed seed. A path or name that gives no text raises
 from __future__ import annotations
 
 import glob
-import sysconfig
 import zlib
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
@@ -17,6 +16,7 @@ from datasets import Dataset, IterableDataset, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 
 from aotrain.integrations.config_file import JobError
+from aotrain.integrations.stdlib_source import stdlib_files
 from aotrain.integrations.torchtitan.job import Data
 
 # One document in this many is held out for validation.
@@ -30,21 +30,6 @@ _DOCUMENT_CHARS = 16384
 # With whole files, a batch of the debug job was one file and the validation loss rose from 2.8 to 3.4 between steps 50
 # and 100.
 _STDLIB_DOCUMENT_CHARS = 512
-
-# Generated tables and packages that are not the standard library itself: long runs of numbers make losses jump.
-_SKIPPED_FOLDERS = frozenset(
-    {
-        "site-packages",
-        "dist-packages",
-        "test",
-        "tests",
-        "idle_test",
-        "__pycache__",
-        "encodings",
-        "pydoc_data",
-        "lib2to3",
-    }
-)
 
 
 def load_corpus(data: Data, split: str, seed: int) -> Dataset | IterableDataset:
@@ -87,12 +72,10 @@ def stdlib_documents(split: str) -> tuple[str, ...]:
     Differs between Python versions. A file is held out whole, and what it shares with other files (the library keeps
     copies of some of its own code) is not trained on.
     """
-    root = Path(sysconfig.get_paths()["stdlib"])
     excluded = set(stdlib_documents("validation")) if split == "train" else set()
     texts = []
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root)
-        if _SKIPPED_FOLDERS.intersection(name.parts) or _is_held_out(name.as_posix()) != (split == "validation"):
+    for name, path in stdlib_files():
+        if _is_held_out(name) != (split == "validation"):
             continue
         text = path.read_text(encoding="utf-8", errors="replace")
         documents = _cut(text, _STDLIB_DOCUMENT_CHARS)
