@@ -14,11 +14,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(NOT_INSTALLED)
     from aotrain.cli.curves import curves
     from aotrain.cli.export import export
+    from aotrain.cli.finetune import finetune, keys_as_options
     from aotrain.cli.plan import plan
     from aotrain.cli.pretrain import pretrain
 
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] == ["finetune"]:
+        arguments = ["finetune", *keys_as_options(arguments[1:])]
     command = tyro.extras.subcommand_cli_from_dict(
-        {"pretrain": pretrain, "plan": plan, "curves": curves, "export": export},
+        {"pretrain": pretrain, "finetune": finetune, "plan": plan, "curves": curves, "export": export},
         prog="aotrain",
         description="Low-precision training for PyTorch.",
         args=arguments,

@@ -2,5 +2,6 @@
 
 from aotrain.integrations.huggingface.checkpoint import convert_trainer_checkpoint
 from aotrain.integrations.huggingface.optim import optimizer_cls_and_kwargs
+from aotrain.integrations.huggingface.trainer_kwargs import trainer_kwargs
 
-__all__ = ["convert_trainer_checkpoint", "optimizer_cls_and_kwargs"]
+__all__ = ["convert_trainer_checkpoint", "optimizer_cls_and_kwargs", "trainer_kwargs"]

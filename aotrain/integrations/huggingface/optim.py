@@ -50,18 +50,42 @@ def optimizer_cls_and_kwargs(
         ValueError: a name that is not in the table, or an option that is unknown, given twice or out of range.
     """
     name = canonical_name(name) if name is not None else _name_of(args)
-    settings: dict[str, Any] = {
-        "name": name,
-        "lr": args.learning_rate,
-        "betas": (args.adam_beta1, args.adam_beta2),
-        "weight_decay": args.weight_decay,
-        "bits_by_name": dict(bits or {}),
-    }
-    if not name.startswith("lion"):
-        settings["eps"] = args.adam_epsilon
     if model is not None:
         precision_groups(model, bits)
-    return OptimizerFactory, settings | parse_optim_args(args.optim_args, name)
+    settings = optimizer_settings(
+        name,
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+        weight_decay=args.weight_decay,
+        optim_args=args.optim_args,
+    )
+    return OptimizerFactory, settings | {"bits_by_name": dict(bits or {})}
+
+
+def optimizer_settings(
+    name: str,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    optim_args: str | None = None,
+) -> dict[str, Any]:
+    """Arguments of `OptimizerFactory()(model, ...)` for one of our optimizers.
+
+    Args:
+        name: a key of `aotrain.integrations.optimizers.OPTIMIZERS`.
+        lr, betas, eps, weight_decay: of the update; Lion has no eps.
+        optim_args: see `optimizer_cls_and_kwargs`.
+
+    Raises:
+        ValueError: an option that is unknown, given twice or out of range.
+    """
+    settings: dict[str, Any] = {"name": name, "lr": lr, "betas": betas, "weight_decay": weight_decay}
+    if not name.startswith("lion"):
+        settings["eps"] = eps
+    return settings | {"bits_by_name": {}} | parse_optim_args(optim_args, name)
 
 
 def _name_of(args: TrainingArguments) -> str:

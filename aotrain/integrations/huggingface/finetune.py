@@ -1,0 +1,256 @@
+"""Fine-tuning a transformers model with TRL's SFTTrainer, as a recipe says.
+
+The loop is TRL's. What happens here: the model is built and prepared for low precision before the trainer sees it, the
+optimizer and the callbacks go in through the trainer's own arguments, and afterwards an ordinary dense checkpoint is in
+`output_dir` (of LoRA: the adapter there, and the merged model in `merged`), exported and measured if the recipe asks.
+
+Under torchrun, with or without FSDP through accelerate, every rank calls `run`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from trl import SFTConfig, SFTTrainer
+
+from aotrain.integrations.config_file import JobError
+from aotrain.integrations.huggingface.callbacks import ShardingCheck
+from aotrain.integrations.huggingface.finetune_check import describe, problems
+from aotrain.integrations.huggingface.finetune_data import Rows, load_rows
+from aotrain.integrations.huggingface.finetune_model import (
+    add_lora,
+    build_model,
+    load_tokenizer,
+    prepare_low_precision,
+)
+from aotrain.integrations.huggingface.perplexity import mean_nll, summarize, table
+from aotrain.integrations.huggingface.trainer_kwargs import trainer_kwargs
+
+if TYPE_CHECKING:
+    from aotrain.integrations.finetune.recipe import Recipe
+
+__all__ = ["describe", "problems", "run"]
+
+SUMMARY = "summary.json"
+_RECIPE = "recipe.json"
+# A schedule that starts here never does.
+_NEVER = 2**62
+_PACKAGES = ("torch", "transformers", "trl", "accelerate")
+
+
+def run(recipe: Recipe) -> dict[str, Any]:
+    """Train, save, export and measure.
+
+    Returns:
+        What summary.json in the output folder holds.
+
+    Raises:
+        JobError: something that the author of the recipe can repair.
+    """
+    args = training_arguments(recipe)
+    _claim_output(recipe, args)
+    tokenizer = load_tokenizer(recipe.model)
+    rows, heldout = load_rows(recipe)
+    nll: dict[str, float | None] = {}
+    trainer = build_trainer(recipe, args, tokenizer, rows, heldout)
+    if heldout is not None and recipe.model.path is not None and not _wants_fsdp(args):
+        nll |= _measure(recipe, trainer, "start", "start_rounded")
+    losses = _train(trainer, recipe)
+    trainer.save_model(str(recipe.output_dir))
+    if heldout is not None:
+        nll["qat" if recipe.quantize else "trained"] = mean_nll(_quantizing(trainer, recipe), trainer)
+    if recipe.evaluate is not None and recipe.evaluate.control:
+        nll |= _control(recipe, tokenizer, rows, heldout)
+    # From here on no rank waits for another.
+    notes: dict[str, str] = {}
+    if args.process_index == 0:
+        served = _merged(recipe, tokenizer) if recipe.lora else recipe.output_dir
+        if recipe.export is not None:
+            _export(recipe, served)
+            if heldout is not None:
+                nll["exported"], notes = _measure_exported(recipe, trainer)
+    summary = {
+        **summarize(nll),
+        **notes,
+        "losses": losses,
+        "steps": trainer.state.global_step,
+        "versions": {name: version(name) for name in _PACKAGES},
+    }
+    if args.process_index == 0:
+        if nll:
+            print(table(summary, recipe.quantize.scheme if recipe.quantize else None))
+        _write(recipe.output_dir / SUMMARY, summary)
+    return summary
+
+
+def training_arguments(recipe: Recipe) -> SFTConfig:
+    """TRL's arguments: `trainer` as it is, and the optimizer's hyper-parameters.
+
+    Raises:
+        JobError: keys or values that TRL refuses.
+    """
+    optimizer = recipe.optimizer
+    try:
+        return SFTConfig(
+            **recipe.trainer,
+            learning_rate=optimizer.lr,
+            weight_decay=optimizer.weight_decay,
+            adam_beta1=optimizer.betas[0],
+            adam_beta2=optimizer.betas[1],
+            adam_epsilon=optimizer.eps,
+        )
+    except (ValueError, TypeError, ImportError) as error:
+        raise JobError(f"trainer: {error}") from error
+
+
+def build_trainer(
+    recipe: Recipe, args: SFTConfig, tokenizer: PreTrainedTokenizerBase, rows: Rows, heldout: Rows | None
+) -> SFTTrainer:
+    """A trainer whose model is prepared: low precision first, then adapters, then the optimizer.
+
+    Raises:
+        JobError: the model cannot be loaded, a layer cannot be quantized, or options of the optimizer are unknown.
+    """
+    model: torch.nn.Module = build_model(recipe, tokenizer)
+    report = prepare_low_precision(model, recipe)
+    if report is not None and args.process_index == 0:
+        print(report)
+    if recipe.lora is not None:
+        model = add_lora(model, recipe.lora, quantized=recipe.quantize is not None)
+    try:
+        ours = trainer_kwargs(recipe)
+    except ValueError as error:
+        raise JobError(f"trainer.{error}") from error
+    trainer = SFTTrainer(
+        model,  # pyrefly: ignore[bad-argument-type]
+        args=args,
+        train_dataset=rows,
+        eval_dataset=heldout,
+        processing_class=tokenizer,
+        **ours,
+    )
+    trainer.add_callback(ShardingCheck(trainer, wants_fsdp=_wants_fsdp(args)))
+    return trainer
+
+
+def _wants_fsdp(args: SFTConfig) -> bool:
+    """Asked for in the recipe, or by `accelerate launch` with an FSDP config."""
+    return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def _claim_output(recipe: Recipe, args: SFTConfig) -> None:
+    """Refuse a folder that holds another run, on all ranks before any writes to it."""
+    folder = recipe.output_dir
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if (folder / SUMMARY).exists():
+            raise JobError(f"trainer.output_dir: {folder} holds a finished run; remove it or give another")
+        if not recipe.trainer.get("resume_from_checkpoint"):
+            checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
+            newest = f", up to {checkpoints[-1].name}" if checkpoints else ""
+            advice = "continue it with --trainer.resume_from_checkpoint true, " if checkpoints else ""
+            raise JobError(
+                f"trainer.output_dir: {folder} is not empty, as of a run that did not finish{newest}; "
+                f"{advice}remove it, or give another"
+            )
+    args.distributed_state.wait_for_everyone()
+    if args.process_index == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder / _RECIPE, asdict(recipe))
+
+
+def _train(trainer: SFTTrainer, recipe: Recipe) -> dict[str, float | None]:
+    """Train; the first and the last loss that was logged."""
+    try:
+        trainer.train(resume_from_checkpoint=recipe.trainer.get("resume_from_checkpoint") or None)
+    except ValueError as error:
+        if "checkpoint" in str(error).lower():
+            raise JobError(f"trainer.resume_from_checkpoint: {error}") from error
+        raise
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {"first": losses[0], "last": losses[-1]} if losses else {"first": None, "last": None}
+
+
+def _quantizing(trainer: SFTTrainer, recipe: Recipe, *, on: bool = True) -> torch.nn.Module:
+    """The trainer's model with its fake quantizers, if it has any, fully on or off."""
+    if recipe.quantize is not None:
+        from aotrain.qat import QATSchedule
+
+        QATSchedule(start_step=0 if on else 1).apply(trainer.model, 0)
+    return trainer.model_wrapped  # pyrefly: ignore[bad-return]
+
+
+def _measure(recipe: Recipe, trainer: SFTTrainer, dense: str, rounded: str) -> dict[str, float | None]:
+    """nll without quantization, and with the weights rounded as they are."""
+    found: dict[str, float | None] = {dense: mean_nll(_quantizing(trainer, recipe, on=False), trainer)}
+    if recipe.quantize is not None:
+        found[rounded] = mean_nll(_quantizing(trainer, recipe), trainer)
+    return found
+
+
+def _control(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: Rows, heldout: Rows | None
+) -> dict[str, float | None]:
+    """Train the same model on the same batches with its fake quantizers off, and measure it dense and rounded."""
+    assert recipe.quantize is not None
+    trainer_keys = {key: value for key, value in recipe.trainer.items() if key != "resume_from_checkpoint"}
+    twin = replace(
+        recipe,
+        quantize=replace(recipe.quantize, start_step=_NEVER, anneal_steps=0),
+        trainer={**trainer_keys, "output_dir": str(recipe.output_dir / "control"), "save_strategy": "no"},
+    )
+    trainer = build_trainer(twin, training_arguments(twin), tokenizer, rows, heldout)
+    _train(trainer, twin)
+    return _measure(twin, trainer, "control", "control_rounded")
+
+
+def _merged(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """Merge the saved adapter into the base model; returns the folder of the dense checkpoint."""
+    from peft import PeftModel
+
+    folder = recipe.output_dir / "merged"
+    model = PeftModel.from_pretrained(build_model(recipe, tokenizer), str(recipe.output_dir))
+    model.merge_and_unload().save_pretrained(folder)  # pyrefly: ignore[not-callable]
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _export(recipe: Recipe, dense: Path) -> None:
+    from aotrain.export import export
+
+    assert recipe.export is not None
+    assert recipe.quantize is not None
+    report = export(
+        dense,
+        Path(recipe.export.path),
+        scheme=recipe.quantize.scheme,
+        format=recipe.export.format,
+        exclude=recipe.quantize.exclude,
+        verify=recipe.export.verify,
+    )
+    print(report)
+
+
+def _measure_exported(recipe: Recipe, trainer: SFTTrainer) -> tuple[float | None, dict[str, str]]:
+    """nll of the exported checkpoint as transformers reads it; None and the reason where a package is missing."""
+    assert recipe.export is not None
+    dtype: Any = recipe.model.dtype if recipe.model.dtype == "auto" else getattr(torch, recipe.model.dtype)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(recipe.export.path, dtype=dtype)
+    except ImportError as error:
+        return None, {"exported_note": f"transformers cannot read it here: {error}"}
+    return mean_nll(model.to(trainer.args.device), trainer), {}
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    """A JSON file that is whole or not there."""
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+    os.replace(scratch, path)
