@@ -121,7 +121,7 @@ class Optimizer(_Section):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Lora(_Section):
-    """Low-rank adapters, by peft. With `quantize`, training sees the grid of W + scale * B A, the weight to be served."""
+    """Low-rank adapters, by peft. With `quantize`, training sees W + scale * B A quantized, as it is served."""
 
     # Rank.
     r: Positive = 16

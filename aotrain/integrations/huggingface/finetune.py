@@ -160,7 +160,7 @@ def _claim_output(recipe: Recipe, args: SFTConfig) -> None:
                 f"trainer.output_dir: {folder} is not empty, as of a run that did not finish{newest}; "
                 f"{advice}remove it, or give another"
             )
-    args.distributed_state.wait_for_everyone()
+    args.distributed_state.wait_for_everyone()  # pyrefly: ignore[missing-attribute]
     if args.process_index == 0:
         folder.mkdir(parents=True, exist_ok=True)
         _write(folder / _RECIPE, asdict(recipe))

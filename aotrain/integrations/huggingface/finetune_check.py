@@ -76,10 +76,8 @@ def _misfits(recipe: Recipe, model: torch.nn.Module) -> Iterator[tuple[str, str]
         if is_excluded(name, recipe.quantize.exclude):
             continue
         if problem := scheme.problem(out_features, in_features):
-            yield (
-                "quantize.scheme",
-                f"{name} [{out_features}, {in_features}]: {problem}; or list it in quantize.exclude",
-            )
+            shape = f"{name} [{out_features}, {in_features}]"
+            yield "quantize.scheme", f"{shape}: {problem}; or list it in quantize.exclude"
 
 
 def _weights(model: torch.nn.Module, *, embeddings: bool) -> Iterator[tuple[str, int, int]]:

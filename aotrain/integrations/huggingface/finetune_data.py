@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset, IterableDataset, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
@@ -35,8 +35,8 @@ def load_rows(recipe: Recipe) -> tuple[Rows, Rows | None]:
     if count >= len(rows):
         raise JobError(f"evaluate.heldout: got {count} rows, and there are only {len(rows)}; want fewer")
     if recipe.data.path == STDLIB_PAIRS:  # ordered so that the end is files of its own
-        return rows.select(range(len(rows) - count)), rows.select(range(len(rows) - count, len(rows)))
-    parts = rows.train_test_split(test_size=count, seed=recipe.trainer.get("seed", 42))
+        return rows.take(len(rows) - count), rows.skip(len(rows) - count)
+    parts: Any = rows.train_test_split(test_size=count, seed=recipe.trainer.get("seed", 42))
     return parts["train"], parts["test"]
 
 

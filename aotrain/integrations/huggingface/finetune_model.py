@@ -32,7 +32,7 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     assert name is not None  # the recipe's rules
     folder = byte_tokenizer_dir() if name == "byte" else name
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **_which_files(model))
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, **_which_files(model))
     except _CANNOT_LOAD as error:
         key = "model.tokenizer" if model.tokenizer else "model.path"
         raise JobError(
@@ -98,7 +98,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTraine
         raise JobError(f"model: cannot load {model.path!r}: {_first_line(error)}") from error
 
 
-def prepare_low_precision(model: PreTrainedModel, recipe: Recipe) -> Any:
+def prepare_low_precision(model: torch.nn.Module, recipe: Recipe) -> Any:
     """Swap the linear layers for those that the recipe trains with, in place.
 
     Returns:
@@ -141,7 +141,7 @@ def is_excluded(fqn: str, patterns: tuple[str, ...] = ("lm_head",)) -> bool:
     return any(fnmatch(fqn, pattern) for pattern in patterns)
 
 
-def add_lora(model: PreTrainedModel, lora: Lora, *, quantized: bool) -> torch.nn.Module:
+def add_lora(model: Any, lora: Lora, *, quantized: bool) -> torch.nn.Module:
     """The model with trainable adapters and frozen weights.
 
     Args:

@@ -38,7 +38,7 @@ def quantize_what_is_served(config: LoraConfig) -> LoraConfig:
     ):
         if given:
             raise ValueError(
-                f"QAT with LoRA got {name}={given}; it fake-quantizes W + scale * B A, the weight that is served, which "
+                f"QAT with LoRA got {name}={given}; training sees W + scale * B A, the weight that is served, which "
                 f"has no place for it: leave {name} out."
             )
     config._register_custom_module({torch.nn.Linear: QATLoraLinear})
@@ -68,7 +68,7 @@ class QATLoraLinear(Linear):
         if self.disable_adapters or self.merged or not active:
             return super().forward(x, *args, **kwargs)
         (adapter,) = active
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         # As peft merges, outside of autocast, so that these are the bits of the merged checkpoint.
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             weight = base.weight.clone()

@@ -1,7 +1,7 @@
 """What a recipe adds to a Trainer that somebody else builds.
 
 recipe = load_recipe("recipe.yaml")
-prepare_qat(model, recipe.quantize.scheme)  # before the Trainer, which makes an optimizer of the parameters it finds
+prepare_qat(model, recipe.quantize.scheme)  # before the Trainer, which optimizes the parameters it finds
 trainer = SFTTrainer(model, args=args, train_dataset=rows, **trainer_kwargs(recipe))
 """
 
