@@ -42,15 +42,15 @@ _SHORT = tuple(name.removeprefix("float8_") for name in FLOAT8_RECIPES)
 # torch's own AdamW beside ours.
 TORCH_ADAMW = "adamw"
 
-EXPORT_FORMATS = ("compressed-tensors", "torchao", "gguf-grid")
-
-# Formats that only one scheme fits, and schemes that only one format holds: readers of the others get them wrong.
-_ONLY_SCHEME = {"gguf-grid": "q4_0"}
-_ONLY_FORMAT = {
-    "q4_0": ("gguf-grid", "it is llama.cpp's grid"),
-    "8da4w": ("torchao", "its activations are asymmetric, for ExecuTorch; int4-g32-a8 is the symmetric scheme"),
+# Keys of `aotrain.export.table.FORMATS` -> the schemes that each carries.
+EXPORT_FORMATS = {
+    "compressed-tensors": tuple(name for name in SCHEMES if name not in ("int3-g32", "8da4w", "q4_0")),
+    "torchao": (
+        *("int2-g32", "int3-g32", "int4-g32", "int4-g128", "int8-g32", "int8", "8da4w", "fp8", "fp8-weight-only"),
+    ),
+    "gguf-grid": ("q4_0",),
+    "float8-block": ("fp8-block",),
 }
-_NOT_EXPORTED = {"int3-g32": "readers disagree on how 3-bit codes are packed"}
 
 
 def one_of(names: Iterable[str]) -> Callable[[str], str]:
@@ -85,11 +85,12 @@ def optimizer_name(value: str) -> str:
 
 def export_problem(scheme: str, export_format: str) -> str | None:
     """Why a scheme is not written in a format, with the remedy; None when it is."""
-    if scheme in _NOT_EXPORTED:
-        return f"{scheme} is not exported: {_NOT_EXPORTED[scheme]}; want int4-g32 or int2-g32, or export: null"
-    only, why = _ONLY_FORMAT.get(scheme, (export_format, ""))
-    if only != export_format:
-        return f"got {export_format!r}, but {scheme} is only for {only}: {why}"
-    if _ONLY_SCHEME.get(export_format, scheme) != scheme:
-        return f"got {export_format!r}, which holds only quantize.scheme {_ONLY_SCHEME[export_format]}, not {scheme}"
-    return None
+    if scheme in EXPORT_FORMATS[export_format]:
+        return None
+    others = " or ".join(name for name, carried in EXPORT_FORMATS.items() if scheme in carried)
+    # The two that are asked for most, and why not.
+    why = {
+        "int3-g32": "; readers disagree on how its codes are packed",
+        "8da4w": "; its activations are asymmetric, for ExecuTorch: int4-g32-a8 is the symmetric scheme",
+    }.get(scheme, "")
+    return f"got {export_format!r}, which does not carry {scheme}{why}; want {others}"

@@ -139,7 +139,7 @@ class Export(_Section):
     """The quantized checkpoint that is written after training."""
 
     # compressed-tensors: vLLM, SGLang, transformers. torchao: transformers and ExecuTorch. gguf-grid: dense weights on
-    # the grid of llama.cpp's Q4_0, whose conversion loses nothing.
+    # the grid of llama.cpp's Q4_0, whose conversion loses nothing. float8-block: fp8-block as DeepSeek's checkpoints.
     format: Annotated[str, AfterValidator(one_of(EXPORT_FORMATS))] = "compressed-tensors"
     # A folder that does not exist yet.
     path: str

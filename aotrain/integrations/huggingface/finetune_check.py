@@ -102,7 +102,8 @@ def _unmatched(recipe: Recipe, model: torch.nn.Module) -> Iterator[tuple[str, st
     names = [name for name, module in model.named_modules() if not list(module.children())]
     leaves = sorted({name.rpartition(".")[2] for name in names})
     for pattern in recipe.quantize.exclude if recipe.quantize else ():
-        if not any(is_excluded(name, (pattern,)) for name, _ in model.named_modules()):
+        # The default names a layer that a model with another head need not have.
+        if pattern != "lm_head" and not any(is_excluded(name, (pattern,)) for name, _ in model.named_modules()):
             yield "quantize.exclude", f"{pattern!r} matches no layer; there are {', '.join(leaves)}"
     targets = recipe.lora.targets if recipe.lora and not isinstance(recipe.lora.targets, str) else ()
     for target in targets:

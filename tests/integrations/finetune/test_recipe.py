@@ -9,7 +9,7 @@ import pytest
 
 from aotrain.integrations.config_file import ConfigError, JobError
 from aotrain.integrations.finetune import Data, Model, Optimizer, Quantize, Recipe, engines, load_recipe, run
-from aotrain.integrations.finetune.names import FLOAT8_RECIPES, SCHEMES, export_problem, float8_recipe
+from aotrain.integrations.finetune.names import EXPORT_FORMATS, FLOAT8_RECIPES, SCHEMES, export_problem, float8_recipe
 from aotrain.integrations.optimizers import OPTIMIZERS
 
 CONFIGS = sorted((Path(__file__).resolve().parents[3] / "configs" / "finetune").glob("*.yaml"))
@@ -140,13 +140,19 @@ def test_all_mistakes_at_once_with_their_lines(write):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model.path": "null", "model.tokenizer": "byte"}, "model.path: is null, so model.config has to say what to build"),
+        (
+            {"model.path": "null", "model.tokenizer": "byte"},
+            "model.path: is null, so model.config has to say",
+        ),
         ({"model.path": "./nowhere"}, "model.path: no such folder: './nowhere'"),
         ({"model.tokenizer": "/nowhere"}, "model.tokenizer: no such folder"),
         ({"model.config": "{model_type: llama}"}, "model.config: is given beside model.path"),
         ({"data.path": "json", "data.data_files": "./no.jsonl"}, "data.data_files: no such file: './no.jsonl'"),
         ({"data.max_chars": "100"}, "data.max_chars: is only for stdlib-pairs"),
-        ({"data.path": "stdlib-pairs", "data.name": "en"}, "data.name: is for load_dataset, which stdlib-pairs does not"),
+        (
+            {"data.path": "stdlib-pairs", "data.name": "en"},
+            "data.name: is for load_dataset",
+        ),
         ({"float8": "rowwise"}, "float8: does not go with quantize"),
         ({"quantize.start_step": "10", "trainer.max_steps": "10"}, "trainer.max_steps: got 10, want more than"),
         ({"lora": "{dropout: 0.1}"}, "lora.dropout: does not go with quantize"),
@@ -158,8 +164,11 @@ def test_all_mistakes_at_once_with_their_lines(write):
         ({"trainer.learning_rate": "1"}, "trainer.learning_rate: is set by optimizer.lr"),
         ({"export": "{path: o}", "quantize": "null"}, "export: needs quantize"),
         ({"export": "{path: o}", "quantize.scheme": "8da4w"}, "export.format: got 'compressed-tensors', but 8da4w"),
-        ({"export": "{path: o, format: gguf-grid}"}, "export.format: got 'gguf-grid', which holds only"),
-        ({"export": "{path: o}", "quantize.scheme": "int3-g32"}, "export.format: int3-g32 is not exported"),
+        (
+            {"export": "{path: o, format: gguf-grid}"},
+            "export.format: got 'gguf-grid', which does not carry int4-g32; want",
+        ),
+        ({"export": "{path: o}", "quantize.scheme": "int3-g32"}, "does not carry int3-g32; readers disagree"),
         ({"export": "{path: .}"}, "export.path: . exists already"),
         ({"evaluate.heldout": "2.5"}, "evaluate.heldout: got 2.5, want a part below 1 or a whole number"),
         ({"evaluate.control": "true", "quantize": "null"}, "evaluate.control: is the run without quantization"),
@@ -172,10 +181,11 @@ def test_what_cannot_work_is_said_before_anything_is_loaded(write, change: dict[
     assert message in found[0]
 
 
-def test_every_scheme_has_a_format_but_one():
-    formats = ("compressed-tensors", "torchao", "gguf-grid")
-    homeless = [name for name in SCHEMES if all(export_problem(name, format) for format in formats)]
-    assert homeless == ["int3-g32"]
+def test_every_scheme_has_a_format():
+    for scheme in SCHEMES:
+        assert any(export_problem(scheme, name) is None for name in EXPORT_FORMATS), scheme
+    assert {scheme for carried in EXPORT_FORMATS.values() for scheme in carried} == set(SCHEMES)
+    assert export_problem("8da4w", "compressed-tensors").endswith("int4-g32-a8 is the symmetric scheme; want torchao")
 
 
 def test_an_engine_that_is_not_there_says_what_to_do(write, monkeypatch):

@@ -188,7 +188,7 @@ def test_local_rows(load, tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"text": f"row {number}"}) + "\n" for number in range(8)))
     recipe = load("data.path=json", f"data.data_files={file}", "data.max_rows=6", "data.max_chars=null")
-    with pytest.raises(JobError, match="evaluate.heldout: got 6 rows, and there are only 6"):
+    with pytest.raises(JobError, match=r"evaluate\.heldout: got 6 rows, and there are only 6"):
         finetune.load_rows(recipe)
     train, heldout = finetune.load_rows(load(*["data.path=json", f"data.data_files={file}", "data.max_chars=null"]))
     assert (len(train), len(heldout)) == (2, 6)
@@ -239,9 +239,9 @@ def test_mistakes_that_the_libraries_know_have_their_place_too(load, monkeypatch
 
 def test_missing_models_and_tokenizers(load, pretrained, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ConfigError, match="model.path: no tokenizer in 'no/such-model'"):
+    with pytest.raises(ConfigError, match=r"model\.path: no tokenizer in 'no/such-model'"):
         load("model.path=no/such-model", "model.config=null", "model.tokenizer=null")
-    with pytest.raises(ConfigError, match="model.path: no configuration in 'no/such-model'"):
+    with pytest.raises(ConfigError, match=r"model\.path: no configuration in 'no/such-model'"):
         load("model.path=no/such-model", "model.config=null")
     only_model = tmp_path / "only_model"
     AutoModelForCausalLM.from_pretrained(pretrained).save_pretrained(only_model)
@@ -251,11 +251,11 @@ def test_missing_models_and_tokenizers(load, pretrained, tmp_path, monkeypatch):
 
 def test_lora_targets_that_the_model_does_not_have(load, pretrained):
     local = (f"model.path={pretrained}", "model.config=null", "model.tokenizer=null")
-    with pytest.raises(ConfigError, match="lora.targets: 'q_pro' is no layer of the model; did you mean 'q_proj'?"):
+    with pytest.raises(ConfigError, match=r"lora\.targets: 'q_pro' is no layer of the model; did you mean 'q_proj'"):
         load(*local, "lora={targets: [q_pro, v_proj]}")
 
 
 def test_fsdp_that_accelerate_would_not_do_is_an_error(load, monkeypatch, tmp_path):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(JobError, match="FSDP was asked for, but accelerate wrapped the model as LlamaForCausalLM on cpu"):
+    with pytest.raises(JobError, match=r"FSDP was asked for, but .* as LlamaForCausalLM on cpu"):
         run(load())
