@@ -52,7 +52,7 @@ def _read(data: Data) -> Rows:
                 f"data: cannot read {data.path!r}, split {data.split!r}: {reason}; check names, split and network"
             ) from error
         if data.max_rows is not None:
-            rows = rows.take(data.max_rows)
+            rows = rows.take(min(data.max_rows, len(rows)) if isinstance(rows, Dataset) else data.max_rows)
     if isinstance(rows, Dataset) and len(rows) == 0:
         raise JobError(f"data: {data.path!r}, split {data.split!r}, has no rows; want at least one")
     return rows

@@ -23,7 +23,12 @@ def load(folder, *overrides: str):
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
     small = [f"model.config.{key}={value}" for key, value in sizes.items()]
     small += ["data.max_rows=60", "evaluate.heldout=6", "trainer.max_length=64", "trainer.bf16=false"]
-    small += ["trainer.max_steps=6", "quantize.start_step=2", "trainer.per_device_train_batch_size=4"]
+    small += [
+        "trainer.max_steps=6",
+        "quantize.start_step=2",
+        "trainer.logging_steps=1",
+        "trainer.per_device_train_batch_size=4",
+    ]
     paths = [f"trainer.output_dir={folder / 'out'}", f"export.path={folder / 'out' / 'served'}"]
     return load_recipe(TINY, [*small, *paths, *overrides], check=problems)
 
