@@ -163,7 +163,10 @@ def test_all_mistakes_at_once_with_their_lines(write):
         ({"trainer": "{}"}, "trainer.output_dir: is missing"),
         ({"trainer.learning_rate": "1"}, "trainer.learning_rate: is set by optimizer.lr"),
         ({"export": "{path: o}", "quantize": "null"}, "export: needs quantize"),
-        ({"export": "{path: o}", "quantize.scheme": "8da4w"}, "export.format: got 'compressed-tensors', but 8da4w"),
+        (
+            {"export": "{path: o}", "quantize.scheme": "8da4w"},
+            "export.format: got 'compressed-tensors', which does not carry 8da4w",
+        ),
         (
             {"export": "{path: o, format: gguf-grid}"},
             "export.format: got 'gguf-grid', which does not carry int4-g32; want",
