@@ -6,12 +6,12 @@ import torch
 pytest.importorskip("trl", reason="needs the [hf] extra: pip install -e '.[hf]'")
 pytest.importorskip("compressed_tensors", reason="transformers reads the exported checkpoint with it")
 
-from aotrain.export.table import FORMATS, formats_for
-from aotrain.qat import convert_qat, prepare_qat
 from transformers import AutoModelForCausalLM
 
+from aotrain.export.table import FORMATS, formats_for
 from aotrain.integrations.finetune import describe, load_recipe, problems, run
 from aotrain.integrations.finetune.names import EXPORT_FORMATS
+from aotrain.qat import convert_qat, prepare_qat
 from aotrain.quantization import SCHEMES
 from aotrain.testing import assert_bitwise_equal
 from tests.integrations.finetune.test_recipe import CONFIGS
