@@ -183,7 +183,8 @@ def _quantizing(trainer: SFTTrainer, recipe: Recipe, *, on: bool = True) -> torc
     if recipe.quantize is not None:
         from aotrain.qat import QATSchedule
 
-        QATSchedule(start_step=0 if on else 1).apply(trainer.model, 0)
+        model: Any = trainer.model
+        QATSchedule(start_step=0 if on else 1).apply(model, 0)
     return trainer.model_wrapped  # pyrefly: ignore[bad-return]
 
 
