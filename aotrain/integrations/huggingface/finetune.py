@@ -214,10 +214,16 @@ def _control(
 
 def _merged(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Path:
     """Merge the saved adapter into the base model; returns the folder of the dense checkpoint."""
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
+
+    from aotrain.integrations.huggingface.peft import qat_lora_config
 
     folder = recipe.output_dir / "merged"
-    model = PeftModel.from_pretrained(build_model(recipe, tokenizer), str(recipe.output_dir))
+    config = LoraConfig.from_pretrained(str(recipe.output_dir))
+    assert isinstance(config, LoraConfig)
+    if recipe.quantize is not None:  # merges to the bits that training saw
+        config = qat_lora_config(config, recipe.quantize.scheme)
+    model = PeftModel.from_pretrained(build_model(recipe, tokenizer), str(recipe.output_dir), config=config)
     model.merge_and_unload().save_pretrained(folder)  # pyrefly: ignore[not-callable]
     tokenizer.save_pretrained(folder)
     return folder

@@ -154,6 +154,8 @@ def add_lora(model: Any, lora: Lora, *, quantized: bool) -> torch.nn.Module:
     """
     from peft import LoraConfig, get_peft_model
 
+    from aotrain.integrations.huggingface.peft import qat_lora_config
+
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
     config = LoraConfig(
         r=lora.r,
@@ -163,12 +165,8 @@ def add_lora(model: Any, lora: Lora, *, quantized: bool) -> torch.nn.Module:
         use_dora=lora.use_dora,
         task_type="CAUSAL_LM",
     )
-    if quantized:
-        from aotrain.integrations.huggingface.qat_lora import quantize_what_is_served
-
-        quantize_what_is_served(config)
     try:
-        return get_peft_model(model, config)
+        return get_peft_model(model, qat_lora_config(config) if quantized else config)
     except ValueError as error:
         raise JobError(f"lora.targets: {_first_line(error)}") from error
 

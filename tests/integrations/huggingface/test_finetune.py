@@ -16,8 +16,9 @@ from aotrain.integrations.config_file import ConfigError, JobError
 from aotrain.integrations.finetune import describe, load_recipe, problems, run
 from aotrain.integrations.huggingface import finetune
 from aotrain.nn import Float8Linear
+from aotrain.qat import prepare_qat
 from aotrain.testing import assert_bitwise_equal
-from tests.integrations.huggingface import stand_in
+from tests.integrations.huggingface import recorder
 
 RECIPE = """\
 model:
@@ -46,8 +47,8 @@ evaluate: {heldout: 6}
 
 
 @pytest.fixture(autouse=True)
-def _stand_ins(monkeypatch):
-    stand_in.install(monkeypatch)
+def _recorders(monkeypatch):
+    recorder.install(monkeypatch)
 
 
 @pytest.fixture
@@ -84,7 +85,7 @@ def test_a_run_trains_saves_exports_and_measures(load, tmp_path, capsys):
     assert summary["nll"]["qat"] != summary["nll"]["control"]
     # The stand-in for export copies the dense weights, which differ from the quantized ones that the run measured.
     assert summary["nll"]["exported"] != summary["nll"]["qat"]
-    (exported,) = stand_in.EXPORTS
+    (exported,) = recorder.EXPORTS
     assert exported["source"] == recipe.output_dir
     assert exported["scheme"] == "int2-g32"
     assert (exported["format"], exported["exclude"], exported["verify"]) == ("compressed-tensors", ("lm_head",), True)
@@ -116,7 +117,7 @@ def test_the_same_recipe_repeats_bit_for_bit_and_the_control_sees_the_same_batch
 
 def test_the_schedule_is_applied_before_every_step(load):
     run(load("evaluate=null"))
-    assert stand_in.QATSchedule.calls == [(2, 1, step) for step in range(4)]
+    assert recorder.QATSchedule.calls == [(2, 1, step) for step in range(4)]
 
 
 def test_hyper_parameters_reach_the_optimizer(load):
@@ -168,9 +169,9 @@ def test_lora_saves_the_adapter_and_the_merged_model_that_was_measured(load, pre
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if "_proj" in name}
-    assert stand_in.EXPORTS[0]["source"] == recipe.output_dir / "merged"
+    assert recorder.EXPORTS[0]["source"] == recipe.output_dir / "merged"
     # The grid of the merged weights is the one that training saw.
-    stand_in.prepare_qat(merged, "int2-g32")
+    prepare_qat(merged, "int2-g32")
     rows, heldout = finetune.load_rows(recipe)
     again = dataclasses.replace(recipe, trainer={**recipe.trainer, "output_dir": str(tmp_path / "again")})
     tokenizer = finetune.load_tokenizer(recipe.model)

@@ -12,9 +12,10 @@ from transformers import LlamaForCausalLM
 
 from aotrain.integrations.huggingface.peft import QATLoraLinear, qat_lora_config, unseen_linears
 from aotrain.ops.fake_quantized_lora import merged_weight
+from aotrain.qat import IntxFakeQuantizeConfig, QATConfig
 from aotrain.qat.fake_quantizer import FakeQuantizerBase, fake_quantizer_of
 from aotrain.qat.fused_scales import share_global_scales
-from aotrain.quantization import get_scheme
+from aotrain.quantization import get_scheme, quantize_
 from aotrain.quantization.fused_groups import shared_global_scale
 from aotrain.quantization.schemes import Nvfp4Scheme, TensorScheme
 from aotrain.testing import assert_bitwise_equal
@@ -263,8 +264,9 @@ def test_targets_that_cannot_be_quantized_are_refused():
         get_peft_model(tiny_llama(), qat_lora_config(settings()))
     with pytest.raises(ValueError, match="scheme='int4-g32' for a layer that is prepared"):
         get_peft_model(prepared_llama("int4-g32"), qat_lora_config(settings(), "int4-g32"))
-    learned = prepared_llama("int4-g32")
-    learned.model.layers[0].self_attn.q_proj.weight_fake_quantizer.is_learned = True
+    learned = tiny_llama()
+    in_groups = IntxFakeQuantizeConfig(torch.int4, group_size=32, is_dynamic=False, range_learning=True)
+    quantize_(learned, QATConfig(weight_config=in_groups))
     with pytest.raises(ValueError, match="whose range is learned"):
         get_peft_model(learned, qat_lora_config(settings()))
     with pytest.raises(ValueError, match="did you mean 'int4-g32'"):

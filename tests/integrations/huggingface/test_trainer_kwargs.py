@@ -11,13 +11,14 @@ from aotrain.integrations.finetune import Data, Model, Optimizer, Quantize, Reci
 from aotrain.integrations.huggingface import trainer_kwargs
 from aotrain.integrations.huggingface.callbacks import QATCallback
 from aotrain.optim import AdamW8bit
-from tests.integrations.huggingface import stand_in
+from aotrain.qat import prepare_qat
+from tests.integrations.huggingface import recorder
 from tests.integrations.huggingface.tiny import arguments, losses, tiny_llama, token_rows
 
 
 @pytest.fixture(autouse=True)
-def _stand_ins(monkeypatch):
-    stand_in.install(monkeypatch)
+def _recorders(monkeypatch):
+    recorder.install(monkeypatch)
 
 
 def recipe(name: str, quantize: Quantize | None = None, **trainer) -> Recipe:
@@ -44,14 +45,14 @@ def test_hyper_parameters_are_copied_for_those_who_build_the_trainer(name: str, 
 def test_a_prepared_model_in_a_plain_trainer(tmp_path):
     wanted = recipe("adamw_8bit", Quantize(scheme="int4-g32", start_step=1, anneal_steps=2), optim_args="seed=3")
     model = tiny_llama()
-    stand_in.prepare_qat(model, wanted.quantize.scheme)
+    prepare_qat(model, wanted.quantize.scheme)
     extra = trainer_kwargs(wanted)
     trainer = Trainer(model, arguments(tmp_path), train_dataset=token_rows(), **extra)
     trainer.train()
     assert type(trainer.optimizer.optimizer) is AdamW8bit
     assert losses(trainer)[-1] < losses(trainer)[0]
     assert [type(callback) for callback in extra["callbacks"]] == [QATCallback]
-    assert stand_in.QATSchedule.calls == [(1, 2, step) for step in range(4)]
+    assert recorder.QATSchedule.calls == [(1, 2, step) for step in range(4)]
 
 
 def test_options_are_checked():
