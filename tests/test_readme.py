@@ -16,7 +16,7 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 def test_python_snippets_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert len(SNIPPETS) == 8
+    assert len(SNIPPETS) == 9
     namespace: dict = {}
     exec(SNIPPETS[0], namespace)
     losses = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
@@ -42,6 +42,8 @@ def test_python_snippets_run(tmp_path, monkeypatch, capsys):
     assert not namespace["model"][0].weight.equal(before)
     exec(SNIPPETS[7], namespace)
     assert "train_loss" in capsys.readouterr().out
+    exec(SNIPPETS[8], namespace)
+    assert capsys.readouterr().out.splitlines()[-1] == "True"
 
 
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"(?:configs|docs|aotrain|tests)/[a-z0-9_/]+\.\w+", README))))
