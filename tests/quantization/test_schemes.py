@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from aotrain.formats import MappingType, integer_format
 from aotrain.quantization import SCHEMES, get_scheme
 from aotrain.quantization.schemes import AffineScheme
 
@@ -36,6 +37,45 @@ def test_training_in_float32_for_a_bfloat16_server(name: str):
     encoded = scheme.encode(x)
     assert encoded.scale.dtype == torch.bfloat16
     assert torch.equal(scheme.decode(encoded, torch.bfloat16), scheme.values(x).bfloat16())
+
+
+def test_gradients_of_scales_are_those_of_the_maximum():
+    """Against autograd in float64 of a definition whose rounding passes gradients straight through."""
+    scheme = AffineScheme(integer_format(2, group_size=32), scale_gradient=True)
+    x = torch.randn(16, 96, generator=torch.Generator().manual_seed(0))
+    grad = torch.randn(16, 96, generator=torch.Generator().manual_seed(1))
+    leaf = x.double().requires_grad_()
+    groups = leaf.unflatten(-1, (-1, 32))
+    scale = groups.abs().amax(-1, keepdim=True) / 1.5
+    steps = groups / scale
+    codes = scheme.encode(x).data.unflatten(-1, (-1, 32))
+    rounded = torch.where((steps.round() >= -2) & (steps.round() <= 1), steps + (codes - steps).detach(), codes)
+    (want,) = torch.autograd.grad((rounded * scale).flatten(1), leaf, grad.double())
+    got = scheme.pass_gradient(grad, x)
+    assert (got - want).norm() < 1e-6 * want.norm()
+    assert torch.equal(got, scheme.pass_gradient_(grad.clone(), x))
+    # Quantization is homogeneous: Euler's theorem, group by group.
+    inner = [(a * b).unflatten(-1, (-1, 32)).sum(-1) for a, b in ((got, x), (grad, scheme.values(x)))]
+    assert torch.allclose(*inner, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_of_scales_leave_zeros_and_broken_groups_alone(dtype: torch.dtype):
+    scheme = AffineScheme(integer_format(2, group_size=32), scale_gradient=True)
+    x, grad = torch.randn(4, 64).to(dtype), torch.ones(4, 64, dtype=dtype)
+    x[0] = 0
+    x[1, 5], x[2, 40] = float("nan"), float("inf")
+    got = scheme.pass_gradient(grad, x)
+    assert got.dtype == dtype
+    assert got.isfinite().all()
+    assert torch.equal(got[0], grad[0])
+    assert not got[1, :32].any()
+    assert not got[2, 32:].any()
+
+
+def test_gradients_of_scales_need_a_symmetric_mapping():
+    with pytest.raises(ValueError, match="want a symmetric mapping"):
+        AffineScheme(integer_format(8, mapping=MappingType.ASYMMETRIC), scale_gradient=True)
 
 
 def test_an_unknown_name_is_an_error_that_names_the_nearest():

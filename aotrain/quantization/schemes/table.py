@@ -59,7 +59,9 @@ class Scheme:
 
 
 def _weights(bits: int, group_size: int | None) -> AffineScheme:
-    return AffineScheme(integer_format(bits, group_size=group_size))
+    # Where few codes make scales coarse, training them pays for another pass over the weight (docs/LOG.md); with four
+    # bits, what is to be won is within the noise.
+    return AffineScheme(integer_format(bits, group_size=group_size), scale_gradient=bits < 4)
 
 
 def _tokens(bits: int) -> AffineScheme:
@@ -117,4 +119,5 @@ def get_scheme(scheme: str | Scheme, scale_dtype: torch.dtype | None = None) -> 
         scheme = SCHEMES[scheme]
     if scale_dtype is None or not isinstance(scheme.weight, AffineScheme):
         return scheme
-    return replace(scheme, weight=AffineScheme(replace(scheme.weight.format, scale_dtype=scale_dtype)))
+    weight = replace(scheme.weight, format=replace(scheme.weight.format, scale_dtype=scale_dtype))
+    return replace(scheme, weight=weight)
