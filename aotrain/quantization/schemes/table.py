@@ -58,10 +58,9 @@ class Scheme:
         return problem
 
 
-def _weights(bits: int, group_size: int | None) -> AffineScheme:
-    # Where few codes make scales coarse, training them pays for another pass over the weight (docs/LOG.md); with four
-    # bits, what is to be won is within the noise.
-    return AffineScheme(integer_format(bits, group_size=group_size), scale_gradient=bits < 4)
+def _weights(bits: int, group_size: int | None, *, scale_gradient: bool = False) -> AffineScheme:
+    # Gradients of scales win back a good part of a large loss (docs/LOG.md) and cost further passes over the weight.
+    return AffineScheme(integer_format(bits, group_size=group_size), scale_gradient=scale_gradient)
 
 
 def _tokens(bits: int) -> AffineScheme:
@@ -80,14 +79,14 @@ _MX_SCALE = SCALE_FORMATS["e8m0_rceil"]
 SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme
     for scheme in (
-        Scheme("int2-g32", _weights(2, 32)),
-        Scheme("int3-g32", _weights(3, 32)),
+        Scheme("int2-g32", _weights(2, 32, scale_gradient=True)),
+        Scheme("int3-g32", _weights(3, 32, scale_gradient=True)),
         Scheme("int4-g32", _weights(4, 32)),
         Scheme("int4-g128", _weights(4, 128)),
         Scheme("int8-g32", _weights(8, 32)),
         Scheme("int8", _weights(8, None), _tokens(8)),
         Scheme("int4-g32-a8", _weights(4, 32), _tokens(8)),
-        Scheme("int4-g32-a4", _weights(4, 32), _tokens(4)),
+        Scheme("int4-g32-a4", _weights(4, 32, scale_gradient=True), _tokens(4)),
         Scheme("8da4w", _weights(4, 32), AffineScheme(integer_format(8, mapping=MappingType.ASYMMETRIC))),
         Scheme("fp8", _FP8_ROWS, _FP8_ROWS),
         Scheme("fp8-weight-only", _FP8_ROWS),
