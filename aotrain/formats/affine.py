@@ -17,9 +17,10 @@ A symmetric int4 scale is therefore amax / 7.5: the most negative code stands fo
 amax saturate. Quantizing a dequantized tensor again with scales of its own gives *other* codes (only the mapping that
 never clips is idempotent): keep the scales that were used.
 
-Scales are at least `eps`, and never below the smallest normal number of the dtype that they are stored in, so a block
-of zeros gives zeros. A block with a NaN or an infinity dequantizes to NaN everywhere, as in every other format here. So
-does one whose scale or zero point is too large for its dtype, such as a difference of 70000 in float16.
+Scales are at least `eps`, and never below the smallest normal number of the dtype that they are stored in (the smallest
+of all beside zero points that are values), so a block of zeros gives zeros. A block with a NaN or an infinity
+dequantizes to NaN everywhere, as in every other format here. So does one whose scale or zero point is too large for its
+dtype, such as a difference of 70000 in float16.
 
 Source: the integer formats of torchao's `quant_primitives` and of compressed-tensors; docs/numerics.md, section 13.
 """
@@ -140,9 +141,12 @@ class AffineFormat:
         smallest, largest = blocks.amin(dim=-1), blocks.amax(dim=-1)
         scale, zero_point = self._from_bounds(smallest, largest)
         dtype = self.scale_dtype or x.dtype
-        scale = scale.to(dtype).clamp(min=torch.finfo(dtype).smallest_normal)
+        info = torch.finfo(dtype)
         if self.domain is ZeroPointDomain.FLOAT:
-            zero_point = zero_point.to(dtype)
+            # The zero point is a multiple of the scale, which must therefore stay what it was: any but 0.
+            scale, zero_point = scale.to(dtype).clamp(min=info.smallest_normal * info.eps), zero_point.to(dtype)
+        else:
+            scale = scale.to(dtype).clamp(min=info.smallest_normal)
         # A NaN of an operation is not the same NaN on every processor, and a comparison must not lose it.
         broken = ~(smallest.isfinite() & largest.isfinite() & scale.isfinite() & zero_point.isfinite())
         scale = scale.masked_fill(broken, math.nan)
@@ -173,7 +177,7 @@ class AffineFormat:
 
     def smallest_scale(self, dtype: torch.dtype) -> float:
         """Lower bound of scales before they are stored, where the arithmetic is in this dtype."""
-        return torch.tensor(max(self.eps or 0.0, torch.finfo(dtype).smallest_normal), dtype=dtype).item()
+        return torch.tensor(max(self.eps or 0.0, torch.finfo(dtype).smallest_normal), dtype=dtype, device="cpu").item()
 
     def _at_least_eps(self, scale: torch.Tensor) -> torch.Tensor:
         return scale.clamp(min=self.smallest_scale(scale.dtype))

@@ -70,7 +70,10 @@ def expected(x: torch.Tensor, f: AffineFormat) -> dict[str, np.ndarray | None]:
         zero = np.clip(lo - np.rint(in_(compute, mn / scale)), lo, hi)
     elif f.domain is INT:
         zero = zero + math.trunc(middle)
-    scale = np.maximum(in_(stored, scale), torch.finfo(stored).smallest_normal)
+    info = torch.finfo(stored)
+    # A zero point that is a value is a multiple of the scale, which stays what it was unless it would be 0.
+    smallest = info.smallest_normal * (info.eps if f.domain is FLOAT else 1.0)
+    scale = np.maximum(in_(stored, scale), smallest)
     broken = ~(np.isfinite(mn) & np.isfinite(mx) & np.isfinite(scale) & np.isfinite(zero))
     scale, zero = np.where(broken, math.nan, scale), np.where(broken, math.nan if f.domain is FLOAT else 0, zero)
     each, shift = scale[:, None], zero[:, None]

@@ -13,7 +13,7 @@ on to the maximum that the step size is taken from.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -32,14 +32,15 @@ class AffineScheme(TensorScheme):
 
     Attributes:
         format: codes, mapping, group size and dtypes.
-        scale_gradient: differentiate scales too. Symmetric mappings only.
+        scale_gradient: differentiate scales too. Symmetric mappings only. Schemes that differ in it are equal: their
+            codes are the same.
 
     Raises:
         ValueError: scale_gradient with another mapping.
     """
 
     format: AffineFormat
-    scale_gradient: bool = False
+    scale_gradient: bool = field(default=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.scale_gradient and (self.format.mapping is not MappingType.SYMMETRIC or self.format.has_zero_point):
