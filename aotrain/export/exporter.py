@@ -256,7 +256,7 @@ def _appears_whole(destination: Path) -> Iterator[Path]:
     try:
         yield folder
         folder.rename(destination)
-    except BaseException:
+    except BaseException:  # an interrupt too must leave nothing half-written; it is raised again
         shutil.rmtree(folder, ignore_errors=True)
         raise
 

@@ -53,9 +53,9 @@ class _LinearQuantizer(TwoStepQuantizer):
         """Of inputs; None: left as they are."""
         return None
 
+    @abstractmethod
     def get_weight_fake_quantize_config(self) -> FakeQuantizeConfigBase:
         """Of weights."""
-        raise NotImplementedError
 
     def prepare(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
         """Swap linear layers for fake-quantized ones with the same parameters.

@@ -12,7 +12,7 @@ from aotrain.quantization.fused_groups import fused_groups, shared_global_scale
 from aotrain.quantization.schemes import Nvfp4Scheme
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", reason="needs the [hf] extra: pip install -e '.[hf]'")
 
 TOKENS = torch.arange(16)[None] * 7 % 64
 

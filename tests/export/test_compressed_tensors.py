@@ -13,7 +13,7 @@ from aotrain.export.table import FORMATS
 from aotrain.quantization import SCHEMES
 from tests.export.models import assert_same_weights, logits, save_llama, save_mixture, served_model, transformers
 
-pytest.importorskip("compressed_tensors")
+pytest.importorskip("compressed_tensors", reason="needs the [oracles] extra: pip install -e '.[oracles]'")
 CARRIED = [name for name, scheme in SCHEMES.items() if FORMATS["compressed-tensors"].refusal(scheme) is None]
 
 

@@ -11,7 +11,7 @@ from aotrain.export import export
 from aotrain.quantization import SCHEMES
 from tests.export.checkpoints import tensors_of, write
 
-gguf = pytest.importorskip("gguf")
+gguf = pytest.importorskip("gguf", reason="needs the [oracles] extra: pip install -e '.[oracles]'")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

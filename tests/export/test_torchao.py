@@ -11,8 +11,10 @@ from aotrain.export import export
 from tests.export.checkpoints import tensors_of, write
 from tests.export.models import assert_same_weights, logits, save_llama, served_model, transformers
 
-torchao = pytest.importorskip("torchao")
-quantization = pytest.importorskip("torchao.quantization")
+torchao = pytest.importorskip("torchao", reason="needs the [oracles] extra: pip install -e '.[oracles]'")
+quantization = pytest.importorskip(
+    "torchao.quantization", reason="needs the [oracles] extra: pip install -e '.[oracles]'"
+)
 
 
 def configuration(scheme: str):
@@ -31,7 +33,10 @@ def configuration(scheme: str):
 
 @pytest.mark.parametrize("scheme", ["int2-g32", "int3-g32", "int4-g32", "8da4w", "int8", "fp8-weight-only"])
 def test_the_file_is_the_one_that_torchao_writes(tmp_path, scheme: str):
-    support = pytest.importorskip("torchao.prototype.safetensors.safetensors_support")
+    support = pytest.importorskip(
+        "torchao.prototype.safetensors.safetensors_support",
+        reason="needs the [oracles] extra: pip install -e '.[oracles]'",
+    )
     key = "model.layers.0.mlp.down_proj"
     tensors = tensors_of(1)
     export(write(tmp_path / "in", tensors), tmp_path / "out", scheme=scheme, format="torchao")

@@ -15,7 +15,7 @@ def cases() -> torch.Tensor:
 
 
 def test_equals_gguf():
-    gguf = pytest.importorskip("gguf")
+    gguf = pytest.importorskip("gguf", reason="needs the [oracles] extra: pip install -e '.[oracles]'")
     packed = gguf.quants.quantize(cases().numpy(), gguf.GGMLQuantizationType.Q4_0)
     want = gguf.quants.dequantize(packed, gguf.GGMLQuantizationType.Q4_0)
     assert numpy.array_equal(dequantize_q4_0(quantize_q4_0(cases())).numpy(), want)

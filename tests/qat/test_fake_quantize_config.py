@@ -10,7 +10,6 @@ from aotrain.qat import (
     IntxFakeQuantizeConfig,
     MXFakeQuantizeConfig,
     NVFP4FakeQuantizeConfig,
-    SchemeFakeQuantizeConfig,
 )
 from aotrain.qat.fake_quantize_config import infer_fake_quantize_configs
 from aotrain.quantization import (
@@ -117,4 +116,6 @@ def test_what_has_no_scheme_is_an_error():
         infer_fake_quantize_configs(Int4WeightOnlyConfig(int4_packing_format="plain_int32"))
     with pytest.raises(ValueError, match="Unexpected base config: 3"):
         infer_fake_quantize_configs(3)
-    assert isinstance(infer_fake_quantize_configs(Int8WeightOnlyConfig())[1], SchemeFakeQuantizeConfig)
+    beyond_the_table = infer_fake_quantize_configs(Int8WeightOnlyConfig())
+    assert beyond_the_table[0] is None
+    assert beyond_the_table[1].to_scheme() == scheme_of(Int8WeightOnlyConfig()).weight

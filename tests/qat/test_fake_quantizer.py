@@ -37,7 +37,9 @@ CONFIGS = (
 @pytest.mark.parametrize("precision", [torch.float32, None])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_integers_are_bit_for_bit_those_of_torchao(dtype: torch.dtype, precision: torch.dtype | None):
-    peer = pytest.importorskip("torchao.quantization.qat")
+    peer = pytest.importorskip(
+        "torchao.quantization.qat", reason="needs the [oracles] extra: pip install -e '.[oracles]'"
+    )
     x = randn(16, 64, dtype=dtype)
     grad = randn(16, 64, seed=1, dtype=dtype)
     cases = [
@@ -66,7 +68,9 @@ def test_integers_are_bit_for_bit_those_of_torchao(dtype: torch.dtype, precision
 
 
 def test_value_zero_points_are_bit_for_bit_those_of_torchao():
-    peer = pytest.importorskip("torchao.quantization.qat.linear")
+    peer = pytest.importorskip(
+        "torchao.quantization.qat.linear", reason="needs the [oracles] extra: pip install -e '.[oracles]'"
+    )
     from aotrain.qat.linear import Int4WeightOnlyQATLinear, Int8DynActInt4WeightQATLinear
 
     for mine, theirs, dtype in (

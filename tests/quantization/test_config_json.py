@@ -53,7 +53,7 @@ def test_there_and_back(config: AOBaseConfig):
 
 @pytest.mark.parametrize("config", ALL, ids=kind)
 def test_the_peer_writes_and_reads_the_same(config: AOBaseConfig):
-    core = pytest.importorskip("torchao.core.config")
+    core = pytest.importorskip("torchao.core.config", reason="needs the [oracles] extra: pip install -e '.[oracles]'")
     if isinstance(config, Int8DynamicActivationInt4WeightConfig):
         return  # removed there
     ours = config_to_dict(config)

@@ -128,8 +128,10 @@ def test_fields_order_and_defaults(cls: type[AOBaseConfig]):
 
 @pytest.mark.parametrize("cls", FIELDS, ids=lambda cls: cls.__name__)
 def test_fields_are_those_of_the_peer(cls: type[AOBaseConfig]):
-    peers = pytest.importorskip("torchao.quantization")
-    formats = pytest.importorskip("torchao.prototype.mx_formats")
+    peers = pytest.importorskip("torchao.quantization", reason="needs the [oracles] extra: pip install -e '.[oracles]'")
+    formats = pytest.importorskip(
+        "torchao.prototype.mx_formats", reason="needs the [oracles] extra: pip install -e '.[oracles]'"
+    )
     peer = getattr(peers, cls.__name__, None) or getattr(formats, cls.__name__, None)
     if cls is Int8DynamicActivationInt4WeightConfig:
         assert peer is None  # removed there
@@ -138,8 +140,12 @@ def test_fields_are_those_of_the_peer(cls: type[AOBaseConfig]):
 
 
 def test_enumerations_are_those_of_the_peer():
-    peers = pytest.importorskip("torchao.quantization.quantize_.workflows")
-    common = pytest.importorskip("torchao.quantization.quantize_.common")
+    peers = pytest.importorskip(
+        "torchao.quantization.quantize_.workflows", reason="needs the [oracles] extra: pip install -e '.[oracles]'"
+    )
+    common = pytest.importorskip(
+        "torchao.quantization.quantize_.common", reason="needs the [oracles] extra: pip install -e '.[oracles]'"
+    )
     names = ("Int4PackingFormat", "Int4ChooseQParamsAlgorithm", "IntxPackingFormat", "IntxChooseQParamsAlgorithm")
     for name in (*names, "Float8PackingFormat"):
         ours, theirs = getattr(quantization, name), getattr(peers, name)

@@ -81,7 +81,7 @@ def test_precedence(keys: dict, want: dict[str, str]):
     ],
 )
 def test_precedence_is_the_peers(keys: dict):
-    peers = pytest.importorskip("torchao.quantization")
+    peers = pytest.importorskip("torchao.quantization", reason="needs the [oracles] extra: pip install -e '.[oracles]'")
     bits = {"int4-g32": torch.int4, "int2-g32": torch.int2}
     network, other = model(), model()
     quantize_(network, FqnToConfig(OrderedDict(keys)))

@@ -151,7 +151,7 @@ def test_state_is_loaded_into_a_model_without_weights():
 
 
 def test_quantized_models_equal_the_peers():
-    peers = pytest.importorskip("torchao.quantization")
+    peers = pytest.importorskip("torchao.quantization", reason="needs the [oracles] extra: pip install -e '.[oracles]'")
     torch.manual_seed(0)
     ours, theirs, tokens = Model(), Model(), torch.arange(6).reshape(2, 3)
     theirs.load_state_dict(ours.state_dict())

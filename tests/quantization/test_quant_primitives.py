@@ -40,7 +40,9 @@ def test_every_block_is_quantized_as_a_row_of_its_own(block: tuple[int, ...]):
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
 @pytest.mark.parametrize("mapping", MappingType)
 def test_they_are_the_peers(mapping: MappingType, block: tuple[int, ...], dtype: torch.dtype):
-    peers = pytest.importorskip("torchao.quantization.quant_primitives")
+    peers = pytest.importorskip(
+        "torchao.quantization.quant_primitives", reason="needs the [oracles] extra: pip install -e '.[oracles]'"
+    )
     x = sample(2, 6, 8, dtype=dtype)
     for bounds, scale_dtype, keepdim in (((-8, 7), None, False), ((-128, 127), torch.float32, True)):
         peer = peers.choose_qparams_affine(
@@ -61,7 +63,9 @@ def test_they_are_the_peers(mapping: MappingType, block: tuple[int, ...], dtype:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_group_parameters_are_the_peers(dtype: torch.dtype):
-    peers = pytest.importorskip("torchao.quantization.utils")
+    peers = pytest.importorskip(
+        "torchao.quantization.utils", reason="needs the [oracles] extra: pip install -e '.[oracles]'"
+    )
     w = sample(6, 64, dtype=dtype)
     for bits, group, precision in ((4, 32, torch.float32), (8, 128, torch.bfloat16), (2, 16, dtype)):
         ours = get_group_qparams_symmetric(w, bits, group, precision)

@@ -171,7 +171,7 @@ def _same(scheme: Scheme, w: torch.Tensor, peer: torch.Tensor) -> None:
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("mapping", MappingType)
 def test_integer_weights_equal_the_peers(mapping: MappingType, bits: int, dtype: torch.dtype):
-    peers = pytest.importorskip("torchao.quantization")
+    peers = pytest.importorskip("torchao.quantization", reason="needs the [oracles] extra: pip install -e '.[oracles]'")
     layer = torch.nn.Linear(128, 16, bias=False, dtype=dtype)
     w = layer.weight.detach().clone()
     int_dtype = getattr(torch, f"int{bits}")
@@ -191,7 +191,7 @@ def test_integer_weights_equal_the_peers(mapping: MappingType, bits: int, dtype:
 @pytest.mark.parametrize("scale_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_scales_of_another_dtype_equal_the_peers(dtype: torch.dtype, scale_dtype: torch.dtype):
-    peers = pytest.importorskip("torchao.quantization")
+    peers = pytest.importorskip("torchao.quantization", reason="needs the [oracles] extra: pip install -e '.[oracles]'")
     w = sample(16, 128, dtype=dtype)
     layer = torch.nn.Linear(128, 16, bias=False, dtype=dtype)
     layer.weight.data.copy_(w)
@@ -214,7 +214,7 @@ def test_scales_of_another_dtype_equal_the_peers(dtype: torch.dtype, scale_dtype
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dynamic_activations_equal_the_peers(dtype: torch.dtype):
-    peers = pytest.importorskip("torchao.quantization")
+    peers = pytest.importorskip("torchao.quantization", reason="needs the [oracles] extra: pip install -e '.[oracles]'")
     layer = torch.nn.Linear(128, 128, bias=False, dtype=dtype)
     torch.nn.init.eye_(layer.weight)
     x = sample(5, 128, dtype=dtype)
@@ -230,7 +230,7 @@ def test_dynamic_activations_equal_the_peers(dtype: torch.dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("granularity", ["PerRow", "PerTensor"])
 def test_int8_weights_equal_the_peers(granularity: str, dtype: torch.dtype):
-    peers = pytest.importorskip("torchao.quantization")
+    peers = pytest.importorskip("torchao.quantization", reason="needs the [oracles] extra: pip install -e '.[oracles]'")
     layer = torch.nn.Linear(128, 16, bias=False, dtype=dtype)
     w = layer.weight.detach().clone()
     ours = {"PerRow": PerRow(), "PerTensor": PerTensor()}[granularity]
@@ -248,15 +248,21 @@ def test_int8_weights_equal_the_peers(granularity: str, dtype: torch.dtype):
 
 
 def test_int4_weights_equal_the_peers_fake_quantizer():
-    qat = pytest.importorskip("torchao.quantization.qat")
-    configs = pytest.importorskip("torchao.quantization.qat.fake_quantize_config")
+    qat = pytest.importorskip(
+        "torchao.quantization.qat", reason="needs the [oracles] extra: pip install -e '.[oracles]'"
+    )
+    configs = pytest.importorskip(
+        "torchao.quantization.qat.fake_quantize_config", reason="needs the [oracles] extra: pip install -e '.[oracles]'"
+    )
     w = sample(16, 256)
     fake = qat.FakeQuantizerBase.from_config(configs.Int4WeightFakeQuantizeConfig(32, torch.bfloat16))
     torch.testing.assert_close(scheme_of(Int4WeightOnlyConfig(32)).weight.values(w), fake(w), rtol=0, atol=1e-6)
 
 
 def test_int4_weights_of_tinygemm_equal_the_peers():
-    primitives = pytest.importorskip("torchao.quantization.quant_primitives")
+    primitives = pytest.importorskip(
+        "torchao.quantization.quant_primitives", reason="needs the [oracles] extra: pip install -e '.[oracles]'"
+    )
     w = sample(16, 256, dtype=torch.bfloat16)
     scale, zero_point = primitives._choose_qparams_affine_tinygemm(
         w, primitives.MappingType.ASYMMETRIC, (1, 32), torch.int32, 0, 15, scale_dtype=w.dtype, zero_point_dtype=w.dtype
@@ -278,8 +284,12 @@ def test_int4_weights_of_tinygemm_equal_the_peers():
     ids=["mxfp4", "mxfp8"],
 )
 def test_mx_weights_equal_the_peers(config: MXDynamicActivationMXWeightConfig):
-    mx_tensor = pytest.importorskip("torchao.prototype.mx_formats.mx_tensor")
-    modes = pytest.importorskip("torchao.prototype.mx_formats.config")
+    mx_tensor = pytest.importorskip(
+        "torchao.prototype.mx_formats.mx_tensor", reason="needs the [oracles] extra: pip install -e '.[oracles]'"
+    )
+    modes = pytest.importorskip(
+        "torchao.prototype.mx_formats.config", reason="needs the [oracles] extra: pip install -e '.[oracles]'"
+    )
     w = sample(32, 128, dtype=torch.bfloat16)
     peer = mx_tensor.MXTensor.to_mx(w, config.weight_dtype, 32, modes.ScaleCalculationMode.RCEIL)
     assert torch.equal(scheme_of(config).weight.values(w), peer.dequantize(torch.bfloat16))

@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 
 from aotrain.integrations.huggingface.peft import QATLoraLinear, qat_lora_config, unseen_linears
 from aotrain.ops.fake_quantized_lora import merged_weight
-from aotrain.qat import IntxFakeQuantizeConfig, QATConfig
+from aotrain.qat import IntxFakeQuantizeConfig, QATConfig, QATSchedule
 from aotrain.qat.fake_quantizer import FakeQuantizerBase, fake_quantizer_of
 from aotrain.qat.fused_scales import share_global_scales
 from aotrain.quantization import get_scheme, quantize_
@@ -142,9 +142,9 @@ def test_fake_quantizers_have_switches():
     model = adapted("int4-g32-a8")
     quantized = loss(model)
     layer = layers(model)[0]
-    assert isinstance(layer.weight_fake_quantizer, FakeQuantizerBase)
-    for each in layers(model):
-        each.weight_fake_quantizer.enabled = each.activation_fake_quantizer.enabled = False
+    QATSchedule(start_step=1).apply(model, 0)
+    assert not layer.weight_fake_quantizer.enabled
+    assert not layer.activation_fake_quantizer.enabled
     plain = loss(model)
     assert not torch.equal(plain, quantized)
     merged = merged_weight(layer.base_layer.weight, layer.lora_A["default"].weight, layer.lora_B["default"].weight, 2.0)
