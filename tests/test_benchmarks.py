@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from aotrain.recipes import RECIPES
-from benchmarks import float8, moe, nvfp4, qat, registry, routing, run
+from benchmarks import linear_case, moe, nvfp4, qat, registry, routing, run
 from benchmarks.case import Case
 
 ORIGIN = ("hardware", "driver", "torch", "triton", "commit")
@@ -101,7 +101,7 @@ def test_a_run_that_is_cut_off_keeps_its_rows_and_resumes(tmp_path, monkeypatch,
 
 
 def test_float8_measures_our_recipes_beside_bfloat16(tmp_path, monkeypatch):
-    monkeypatch.setattr(float8, "CPU_SHAPES", ((64, 128, 96),))
+    monkeypatch.setattr(linear_case, "CPU_SHAPES", ((64, 128, 96),))
     assert run.main(["float8", "--out", str(tmp_path), "--repeats", "2"]) == 0
     rows = list(csv.DictReader((tmp_path / "float8.csv").open()))
     names = [row["case"].removeprefix("float8-") for row in rows]
@@ -118,7 +118,7 @@ def test_routing_is_measured_beside_torch(tmp_path, monkeypatch):
 
 
 def test_nvfp4_measures_its_layers_beside_bfloat16(tmp_path, monkeypatch):
-    monkeypatch.setattr(nvfp4, "CPU_SHAPES", ((64, 128, 96),))
+    monkeypatch.setattr(linear_case, "CPU_SHAPES", ((64, 128, 96),))
     assert run.main(["nvfp4", "--out", str(tmp_path), "--repeats", "2"]) == 0
     rows = list(csv.DictReader((tmp_path / "nvfp4.csv").open()))
     assert [row["case"] for row in rows] == ["nvfp4-bf16", *(f"nvfp4-{name}" for name in nvfp4.LAYERS)]
@@ -160,7 +160,7 @@ def test_uneven_groups_share_all_tokens_in_multiples_of_32():
 
 
 def test_fake_quantized_layers_keep_no_more_than_bfloat16(tmp_path, monkeypatch):
-    monkeypatch.setattr(qat, "CPU_SHAPES", ((32, 64, 96),))
+    monkeypatch.setattr(linear_case, "CPU_SHAPES", ((32, 64, 96),))
     monkeypatch.setattr(qat.importlib.util, "find_spec", lambda name: None)
     eager = [case for case in qat.qat_cases(torch.device("cpu")) if case.group.endswith("eager")]
     assert [case.name for case in eager] == ["qat-bf16", "qat-aotrain-int4-g32", "qat-aotrain-8da4w"]
