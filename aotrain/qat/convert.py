@@ -12,7 +12,7 @@ import torch
 from aotrain.nn.report import Report, ReportRow, attach_report
 from aotrain.qat.fake_quantizer import FakeQuantizerBase, is_row_local
 from aotrain.qat.linear import FakeQuantizedLinear
-from aotrain.qat.swap import FakeQuantized, swap
+from aotrain.qat.swap import FakeQuantized, check_not_sharded, swap
 from aotrain.qat.ties import find_ties
 from aotrain.quantization.modules import QuantizedEmbedding, QuantizedLinear, QuantizedModule
 from aotrain.quantization.schemes import SCHEMES, FlatScheme, Scheme, TensorScheme
@@ -36,7 +36,7 @@ def convert_qat(model: torch.nn.Module) -> Report:
 
     Raises:
         ValueError: nothing is prepared, or is so no longer; a weight that is shared with a layer that is not prepared,
-            or prepared otherwise; scales of activations that were kept from the first step.
+            or prepared otherwise; scales of activations that were kept from the first step; a sharded model.
     """
     layers = {fqn: module for fqn, module in model.named_modules() if isinstance(module, FakeQuantized)}
     if not layers:
@@ -63,6 +63,7 @@ def quantized(
         layers: by dotted name.
         scheme: to use instead of the layers' own; embeddings take that of its weights.
     """
+    check_not_sharded(model)
     ties = find_ties(model)
     result: dict[torch.nn.Module, QuantizedModule] = {}
     shared: dict[int, QuantizedModule] = {}

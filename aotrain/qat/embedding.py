@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 
 from aotrain.nn.float8_linear import clone_as
-from aotrain.qat.fake_quantizer import FakeQuantizerBase, is_row_local
+from aotrain.qat.fake_quantizer import FakeQuantizerBase, is_row_local, refuse_late_range
 from aotrain.qat.tensor_config import INT4, FakeQuantizeConfigBase, IntxFakeQuantizeConfig
 
 
@@ -89,6 +89,10 @@ class FakeQuantizedEmbedding(torch.nn.Embedding):
     def disable_fake_quant(self) -> None:
         """Turn the fake quantizer off."""
         self.enable_fake_quant(False)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        refuse_late_range(self.weight, self.weight_fake_quantizer, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _set_fake_quantizer(self, weight_config: FakeQuantizeConfigBase | None) -> None:
         self.weight_fake_quantizer = None if weight_config is None else FakeQuantizerBase.from_config(weight_config)

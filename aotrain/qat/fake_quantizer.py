@@ -75,7 +75,12 @@ class FakeQuantizerBase(torch.nn.Module):
         return True
 
     def arithmetic(self, x: torch.Tensor) -> Arithmetic | None:
-        """What would happen to x now, for operations that fuse it; None: nothing."""
+        """What would happen to x now, for operations that fuse it; None: nothing.
+
+        Raises:
+            ValueError: a DTensor.
+        """
+        _check_plain(x)
         if not self.enabled or self.mix == 0:
             return None
         arithmetic = self._arithmetic(x)
@@ -137,6 +142,7 @@ class IntxFakeQuantizer(FakeQuantizerBase):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not (self.is_learned and self.enabled):
             return super().forward(x)
+        _check_plain(x)
         self._start_learning(x)
         assert self.scale is not None
         values = fake_quantize_learned(x, self.scale, self.zero_point, self._format)
@@ -206,6 +212,10 @@ _CLASSES: dict[type, type[FakeQuantizerBase]] = {
 }
 # The name of a time when there was one kind.
 FakeQuantizer = IntxFakeQuantizer
+_RANGE_BEFORE_SHARDING = (
+    "its scales would be parameters that FSDP does not know, and whose gradients stay apart on every rank. Call "
+    "initialize_fake_quantizers, or load a checkpoint with scales, before fully_shard."
+)
 
 
 def fake_quantizer_of(scheme: TensorScheme | None) -> FakeQuantizerBase | None:
@@ -223,8 +233,10 @@ def initialize_fake_quantizers(model: torch.nn.Module, example_inputs: tuple[Any
         example_inputs: positional arguments of its forward.
 
     Raises:
-        ValueError: the pass did not reach a fake quantizer that learns its range.
+        ValueError: the pass did not reach a fake quantizer that learns its range; the model is sharded.
     """
+    if any(map(_is_dtensor, model.parameters())):
+        raise ValueError(f"initialize_fake_quantizers got a sharded model; {_RANGE_BEFORE_SHARDING}")
     found = {name: m for name, m in model.named_modules() if isinstance(m, IntxFakeQuantizer) and m.is_learned}
     for quantizer in found.values():
         quantizer._initialized = True
@@ -240,9 +252,45 @@ def initialize_fake_quantizers(model: torch.nn.Module, example_inputs: tuple[Any
 
 def is_row_local(scheme: TensorScheme) -> bool:
     """Whether the codes of a row, a line along the last dimension, surely depend on nothing but that row."""
+    return block_of(scheme)[0] == 1
+
+
+def block_of(scheme: TensorScheme) -> tuple[int, int]:
+    """Rows and columns of a matrix whose codes surely depend on nothing but each other; -1: all of that dimension."""
     if isinstance(scheme, ScaledScheme):
-        return scheme.scaling.block[0] == 1
-    return isinstance(scheme, AffineScheme | Int4Float8Scheme | Q40Scheme)
+        return scheme.scaling.block
+    if isinstance(scheme, AffineScheme | Int4Float8Scheme):
+        return 1, scheme.format.group_size or -1
+    return (1, 32) if isinstance(scheme, Q40Scheme) else (-1, -1)
+
+
+def refuse_late_range(
+    weight: torch.Tensor, quantizer: torch.nn.Module | None, state_dict: dict[str, Any], prefix: str
+) -> None:
+    """Raise ValueError where loading a checkpoint would make a range's parameters of a layer that is sharded already.
+
+    Args:
+        weight: of the layer.
+        quantizer: of its weight.
+        state_dict: to be loaded.
+        prefix: of the layer's keys in it.
+    """
+    is_new = isinstance(quantizer, IntxFakeQuantizer) and quantizer.is_learned and quantizer.scale is None
+    if is_new and _is_dtensor(weight) and f"{prefix}weight_fake_quantizer.scale" in state_dict:
+        raise ValueError(f"Loading {prefix}weight_fake_quantizer.scale into a sharded model: {_RANGE_BEFORE_SHARDING}")
+
+
+def _check_plain(x: torch.Tensor) -> None:
+    if _is_dtensor(x):
+        raise ValueError(
+            f"A fake quantizer got a DTensor of shape {tuple(x.shape)}. With FSDP2, prepare the model before "
+            "fully_shard, which then gathers whole weights; with tensor parallelism, linear layers alone can be "
+            "fake-quantized: exclude others from it, or from quantization."
+        )
+
+
+def _is_dtensor(x: torch.Tensor) -> bool:
+    return hasattr(x, "device_mesh")
 
 
 @dataclass(frozen=True)

@@ -104,4 +104,11 @@ def _has_global_scale(scheme: TensorScheme) -> bool:
 
 def _served_weight(module: Any) -> torch.Tensor:
     served = getattr(module, "served_weight", None)
-    return module.weight.detach() if served is None else served()
+    weight = module.weight.detach() if served is None else served()
+    if hasattr(weight, "device_mesh"):  # a DTensor
+        raise ValueError(
+            f"share_global_scales got a group with a member of which this rank holds a part, {tuple(weight.shape)} as "
+            f"{weight.placements}; want whole members whenever one computes: fully_shard the block that holds them "
+            "all, not its layers."
+        )
+    return weight

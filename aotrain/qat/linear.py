@@ -17,7 +17,7 @@ from aotrain.formats import ZeroPointDomain
 from aotrain.nn.float8_linear import clone_as
 from aotrain.ops.fake_quantize import fake_quantized_linear
 from aotrain.qat.embedding import int4_group_config
-from aotrain.qat.fake_quantizer import FakeQuantizerBase, is_row_local
+from aotrain.qat.fake_quantizer import FakeQuantizerBase, is_row_local, refuse_late_range
 from aotrain.qat.mx_config import MXFakeQuantizeConfig, NVFP4FakeQuantizeConfig
 from aotrain.qat.tensor_config import UINT4, FakeQuantizeConfigBase, IntxFakeQuantizeConfig
 from aotrain.quantization.granularity import PerGroup
@@ -107,6 +107,10 @@ class FakeQuantizedLinear(torch.nn.Linear):
 
     def _fake_quantized_weight(self) -> torch.Tensor:
         return self.weight if self.weight_fake_quantizer is None else self.weight_fake_quantizer(self.weight)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        refuse_late_range(self.weight, self.weight_fake_quantizer, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _set_fake_quantizers(
         self, activation_config: FakeQuantizeConfigBase | None, weight_config: FakeQuantizeConfigBase | None

@@ -41,7 +41,7 @@ def prepare_qat(
     excluded, its input only if it is not; without `embeddings` it is skipped.
 
     Args:
-        model: on any device, meta included.
+        model: on any device, meta included; with tensor parallelism or not; before FSDP.
         scheme: a name of `quantization.SCHEMES`, or a scheme.
         exclude: patterns, as of `fnmatch`, of dotted names of modules that are left alone.
         embeddings: whether embeddings are quantized too, by the scheme of the weights.
@@ -50,8 +50,8 @@ def prepare_qat(
         What happened to each layer; also logged, and kept for `aotrain.conversion_report`.
 
     Raises:
-        ValueError: an unknown scheme, a pattern that matches no module, a model that is prepared already, or one that
-            has no layer to prepare.
+        ValueError: an unknown scheme, a pattern that matches no module, a model that is prepared already, one that
+            FSDP shards, or one that has no layer to prepare.
     """
     scheme = get_scheme(scheme)
     _check_patterns(model, exclude)

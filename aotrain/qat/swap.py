@@ -1,5 +1,6 @@
 """Swapping layers for fake-quantized ones and back, one at a time or everywhere in a model."""
 
+import sys
 from collections.abc import Mapping
 
 import torch
@@ -67,8 +68,9 @@ def swap(model: torch.nn.Module, replacements: Mapping[torch.nn.Module, torch.nn
     """Put modules in the place of others, wherever they are referenced, in place.
 
     Raises:
-        ValueError: the model itself is to be replaced, which cannot be done in place.
+        ValueError: the model itself is to be replaced, which cannot be done in place; the model is sharded.
     """
+    check_not_sharded(model)
     if model in replacements:
         raise ValueError(
             f"got a {type(model).__name__} itself, which cannot be swapped in place; want a model that holds it. "
@@ -78,3 +80,18 @@ def swap(model: torch.nn.Module, replacements: Mapping[torch.nn.Module, torch.nn
         for name, child in list(parent._modules.items()):
             if child is not None and child in replacements:
                 setattr(parent, name, replacements[child])
+
+
+def check_not_sharded(model: torch.nn.Module) -> None:
+    """Raise ValueError for a model of which FSDP manages a part: it gathers the weights of the layers it met."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # whoever shards has imported it
+    if fsdp is None:
+        return
+    for fqn, module in model.named_modules():
+        if isinstance(module, fsdp.FSDPModule | fsdp.FullyShardedDataParallel):
+            raise ValueError(
+                f"got a model that FSDP shards already ({fqn or 'itself'!r}), which gathers weights for the layers it "
+                "met and not for those in their place. Prepare before fully_shard. To convert, gather a checkpoint, "
+                "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)), and load it into a model "
+                "that was prepared alike and not sharded; or export it."
+            )

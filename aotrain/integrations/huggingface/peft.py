@@ -181,13 +181,14 @@ class QATLoraLinear(LoraLinear):
         if self.disable_adapters:
             return super().forward(x)
         base: Any = self.get_base_layer()
-        activation, weight = self._arithmetic("activation", x), self._arithmetic("weight", base.weight)
         active = [] if self.merged else [adapter for adapter in self.active_adapters if adapter in self.lora_A]
         if len(active) > 1:
             raise ValueError(
                 f"QATLoraLinear got the active adapters {', '.join(active)}; want one: model.set_adapter({active[0]!r})"
                 ", or combine them with add_weighted_adapter."
             )
+        _check_whole(base.weight, *(factor for name in active for factor in self._factors(name)[:2]))
+        activation, weight = self._arithmetic("activation", x), self._arithmetic("weight", base.weight)
         if not active:
             return fake_quantized_linear(x, base.weight, base.bias, activation, weight)
         return fake_quantized_lora(x, base.weight, base.bias, *self._factors(active[0]), activation, weight)
@@ -212,6 +213,16 @@ class QATLoraLinear(LoraLinear):
         owner = base if hasattr(base, "weight_fake_quantizer") else self
         quantizer = getattr(owner, f"{role}_fake_quantizer")
         return None if quantizer is None else quantizer.arithmetic(x)
+
+
+def _check_whole(*parameters: torch.Tensor) -> None:
+    for parameter in parameters:
+        if hasattr(parameter, "device_mesh"):  # a DTensor
+            raise ValueError(
+                f"QATLoraLinear got a parameter of which this rank holds a part, {tuple(parameter.shape)} as "
+                f"{parameter.placements}; the weight and both factors are merged in forward: fully_shard whole blocks, "
+                "not adapters or layers in them, and leave tensor parallelism out."
+            )
 
 
 def _is_adapter(module: object) -> bool:
