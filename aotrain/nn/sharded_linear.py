@@ -52,7 +52,7 @@ def sharded_linear(layer: "Float8Linear", input: torch.Tensor, *, scales: Scales
         )
     if layer.fsdp_planes is not None and type(weight._local_tensor) is torch.Tensor:
         _warn_ordinary_weight()
-    layouts = [_layout(x, w, input.ndim) for x, w in zip(input.placements, weight.placements, strict=True)]
+    layouts = [layout_of(x, w, input.ndim) for x, w in zip(input.placements, weight.placements, strict=True)]
     codes: ScaledTensor | None = getattr(input, _CODES, None)
     x = input.redistribute(placements=[each.input for each in layouts])
     x_local = x.to_local(grad_placements=[each.input_grad for each in layouts])
@@ -74,7 +74,7 @@ def sharded_linear(layer: "Float8Linear", input: torch.Tensor, *, scales: Scales
         operand_casts=casts.operand,
     )
     if isinstance(bias, DTensor):
-        out = _add_bias(out, bias, layouts)
+        out = add_bias(out, bias, layouts)
     elif bias is not None:
         out = out + bias.to(out.dtype)
     return DTensor.from_local(out, weight.device_mesh, [each.output for each in layouts], run_check=False)
@@ -203,7 +203,7 @@ def _splits(weight: DTensor, placements: "list[Placement] | tuple[Placement, ...
     )
 
 
-def _add_bias(out: torch.Tensor, bias: DTensor, layouts: "list[_Layout]") -> torch.Tensor:
+def add_bias(out: torch.Tensor, bias: DTensor, layouts: "list[Layout]") -> torch.Tensor:
     local = bias.to_local(grad_placements=[each.bias_grad for each in layouts]).to(out.dtype)
     ranks = [bias.device_mesh.get_local_rank(dim) for dim, each in enumerate(layouts) if each.output.is_partial()]
     if any(ranks):  # the outputs are summed: one rank adds it, and all have its gradient
@@ -212,7 +212,7 @@ def _add_bias(out: torch.Tensor, bias: DTensor, layouts: "list[_Layout]") -> tor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Layout:
+class Layout:
     """Placements along one mesh dimension: of the operand as used, of its gradient as computed, of the output."""
 
     input: Placement
@@ -223,9 +223,9 @@ class _Layout:
 
 
 @functools.lru_cache(maxsize=64)
-def _layout(input: Placement, weight: Placement, ndim: int) -> _Layout:
+def layout_of(input: Placement, weight: Placement, ndim: int) -> Layout:
     if weight.is_shard(0):
-        return _Layout(
+        return Layout(
             input=Replicate(),
             input_grad=Partial(),
             weight_grad=weight,
@@ -234,9 +234,9 @@ def _layout(input: Placement, weight: Placement, ndim: int) -> _Layout:
         )
     if weight.is_shard(1):
         features = Shard(ndim - 1)
-        return _Layout(input=features, input_grad=features, weight_grad=weight, bias_grad=Replicate(), output=Partial())
+        return Layout(input=features, input_grad=features, weight_grad=weight, bias_grad=Replicate(), output=Partial())
     # A whole weight: the ranks have different rows of the input, or all have the same.
     split_rows = input.is_shard() and not input.is_shard(ndim - 1)
     rows = input if split_rows else Replicate()
     total = Partial() if split_rows else Replicate()
-    return _Layout(input=rows, input_grad=rows, weight_grad=total, bias_grad=total, output=rows)
+    return Layout(input=rows, input_grad=rows, weight_grad=total, bias_grad=total, output=rows)

@@ -81,18 +81,37 @@ class FakeQuantizedLinear(torch.nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., K] -> [..., N]."""
-        activation, weight = self.activation_fake_quantizer, self.weight_fake_quantizer
-        if not (_can_fuse(activation) and _can_fuse(weight)):
+        if hasattr(self.weight, "device_mesh"):  # a DTensor
+            from aotrain.qat.sharded_linear import sharded_linear
+
+            return sharded_linear(self, input)
+        if not self.can_fuse():
+            activation = self.activation_fake_quantizer
             input = input if activation is None else activation(input)
             return torch.nn.functional.linear(input, self._fake_quantized_weight(), self.bias)
+        return self.product(input, self.weight, self.bias)
+
+    def can_fuse(self) -> bool:
+        """Whether the fake quantizers do nothing but their arithmetic, so that `product` is all of forward."""
+        return _can_fuse(self.activation_fake_quantizer) and _can_fuse(self.weight_fake_quantizer)
+
+    def product(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """The layer with other tensors in the place of its parameters, such as parts of them.
+
+        Args:
+            input: [..., K].
+            weight: [N, K].
+            bias: [N], or None.
+        """
+        activation, quantizer = self.activation_fake_quantizer, self.weight_fake_quantizer
         # A scale of all tokens is of all of them, whatever the leading dimensions.
         is_flat = activation is None or is_row_local(activation.scheme) or input.dim() <= 2
         x = input if is_flat else input.flatten(0, -2)
         x_arithmetic = None if activation is None else activation.arithmetic(x)
-        w_arithmetic = None if weight is None else weight.arithmetic(self.weight)
+        w_arithmetic = None if quantizer is None else quantizer.arithmetic(weight)
         if x_arithmetic is None and w_arithmetic is None:
-            return torch.nn.functional.linear(input, self.weight, self.bias)
-        output = fake_quantized_linear(x, self.weight, self.bias, x_arithmetic, w_arithmetic)
+            return torch.nn.functional.linear(input, weight, bias)
+        output = fake_quantized_linear(x, weight, bias, x_arithmetic, w_arithmetic)
         return output if is_flat else output.unflatten(0, input.shape[:-1])
 
     def enable_fake_quant(self, enabled: bool = True) -> None:
