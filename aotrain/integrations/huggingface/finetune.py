@@ -32,6 +32,7 @@ from aotrain.integrations.huggingface.finetune_model import (
     prepare_low_precision,
 )
 from aotrain.integrations.huggingface.perplexity import mean_nll, summarize, table
+from aotrain.integrations.huggingface.sharded_save import save_whole
 from aotrain.integrations.huggingface.trainer_kwargs import trainer_kwargs
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
     if heldout is not None and recipe.model.path is not None and not _wants_fsdp(args):
         nll |= _measure(recipe, trainer, "start", "start_rounded")
     losses = _train(trainer, recipe)
-    trainer.save_model(str(recipe.output_dir))
+    save_whole(trainer, recipe.output_dir, quantized=recipe.quantize is not None)
     if heldout is not None:
         nll["qat" if recipe.quantize else "trained"] = mean_nll(_quantizing(trainer, recipe), trainer)
     if recipe.evaluate is not None and recipe.evaluate.control:
