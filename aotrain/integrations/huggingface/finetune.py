@@ -70,14 +70,14 @@ def run(recipe: Recipe) -> dict[str, Any]:
         nll["qat" if recipe.quantize else "trained"] = mean_nll(_quantizing(trainer, recipe), trainer)
     if recipe.evaluate is not None and recipe.evaluate.control:
         nll |= _control(recipe, tokenizer, rows, heldout)
-    # From here on no rank waits for another.
     notes: dict[str, str] = {}
     if args.process_index == 0:
         served = _merged(recipe, tokenizer) if recipe.lora else recipe.output_dir
         if recipe.export is not None:
             _export(recipe, served)
-            if heldout is not None:
-                nll["exported"], notes = _measure_exported(recipe, trainer)
+    if recipe.export is not None and heldout is not None:
+        args.distributed_state.wait_for_everyone()  # pyrefly: ignore[missing-attribute]
+        nll["exported"], notes = _measure_exported(recipe, trainer)
     summary = {
         **summarize(nll),
         **notes,
@@ -247,14 +247,28 @@ def _export(recipe: Recipe, dense: Path) -> None:
 
 
 def _measure_exported(recipe: Recipe, trainer: SFTTrainer) -> tuple[float | None, dict[str, str]]:
-    """nll of the exported checkpoint as transformers reads it; None and the reason where a package is missing."""
+    """nll of the exported checkpoint as transformers reads it; None and the reason where it cannot.
+
+    Every rank takes part: compressed-tensors deals the layers that it decompresses to the ranks of the process group,
+    and waits for all of them.
+    """
     assert recipe.export is not None
+    if not _on_every_rank(Path(recipe.export.path).is_dir()):
+        return None, {"exported_note": "not every process sees the folder of the export: it is on another machine"}
     dtype: Any = recipe.model.dtype if recipe.model.dtype == "auto" else getattr(torch, recipe.model.dtype)
     try:
         model = AutoModelForCausalLM.from_pretrained(recipe.export.path, dtype=dtype)
     except ImportError as error:
         return None, {"exported_note": f"transformers cannot read it here: {error}"}
     return mean_nll(model.to(trainer.args.device), trainer), {}
+
+
+def _on_every_rank(here: bool) -> bool:
+    if not torch.distributed.is_initialized():
+        return here
+    everywhere = [here] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everywhere, here)
+    return all(everywhere)
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
