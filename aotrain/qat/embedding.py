@@ -90,7 +90,9 @@ class FakeQuantizedEmbedding(torch.nn.Embedding):
         """Turn the fake quantizer off."""
         self.enable_fake_quant(False)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(  # pyrefly: ignore[bad-override]
+        self, state_dict: dict[str, Any], prefix: str, *args: Any
+    ) -> None:
         refuse_late_range(self.weight, self.weight_fake_quantizer, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 

@@ -127,7 +127,9 @@ class FakeQuantizedLinear(torch.nn.Linear):
     def _fake_quantized_weight(self) -> torch.Tensor:
         return self.weight if self.weight_fake_quantizer is None else self.weight_fake_quantizer(self.weight)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(  # pyrefly: ignore[bad-override]
+        self, state_dict: dict[str, Any], prefix: str, *args: Any
+    ) -> None:
         refuse_late_range(self.weight, self.weight_fake_quantizer, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 

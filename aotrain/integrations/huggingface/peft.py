@@ -215,7 +215,7 @@ class QATLoraLinear(LoraLinear):
         return None if quantizer is None else quantizer.arithmetic(x)
 
 
-def _check_whole(*parameters: torch.Tensor) -> None:
+def _check_whole(*parameters: Any) -> None:
     for parameter in parameters:
         if hasattr(parameter, "device_mesh"):  # a DTensor
             raise ValueError(
