@@ -77,6 +77,6 @@ def _check_groups(
             raise ValueError(
                 f"FakeQuantizedLinear got {what} {tuple(x.shape)} split over {ranks} ranks as {placement}, which parts "
                 f"{'what has one scale' if block == -1 else f'groups of {block}'} in {quantizer.scheme}; want every "
-                "rank to hold whole groups: ColwiseParallel for this layer (use_local_output=False and Replicate "
-                "layouts around it), a scheme with smaller groups, or no fake quantization of it (exclude)."
+                "rank to hold whole groups: ColwiseParallel for this layer, a scheme with smaller groups, or no fake "
+                "quantization of it (exclude)."
             )
