@@ -35,7 +35,7 @@ ALLOWED = {
 CONFINED = {
     "triton": ("kernels/triton/", "testing/interpreter.py"),
     "torchtitan": ("integrations/torchtitan/",),
-    "datasets": ("integrations/torchtitan/", "integrations/huggingface/"),
+    "datasets": ("integrations/torchtitan/", "integrations/huggingface/", "integrations/finetune/rows.py"),
     "tokenizers": ("integrations/byte_tokenizer.py",),
     "transformers": ("integrations/huggingface/",),
     "trl": ("integrations/huggingface/",),

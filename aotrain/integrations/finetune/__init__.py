@@ -1,7 +1,8 @@
 """Fine-tuning jobs: the recipe, its checks, and which engine runs it. Nothing here imports torch.
 
 ``recipe`` is the schema with a comment per key, ``rules`` what spans several keys, ``names`` the names a recipe may
-give, ``engines`` hands a recipe to TRL or torchtitan, ``stdlib_pairs`` is training data that every machine has.
+give, ``engines`` hands a recipe to TRL or torchtitan, ``stdlib_pairs`` is training data that every machine has. What
+the engines share: ``rows`` reads the data, ``output`` keeps the folder of a run, ``perplexity`` writes the table.
 """
 
 from aotrain.integrations.finetune.engines import describe, problems, run

@@ -9,9 +9,7 @@ Under torchrun, with or without FSDP through accelerate, every rank calls `run`.
 
 from __future__ import annotations
 
-import json
 import os
-from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,16 +20,25 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from aotrain.integrations.config_file import JobError
+from aotrain.integrations.finetune.output import (
+    SUMMARY,
+    control_recipe,
+    export_served,
+    refuse_other_run,
+    write_json,
+    write_recipe,
+)
+from aotrain.integrations.finetune.perplexity import summarize, table
+from aotrain.integrations.finetune.rows import Rows, load_rows
 from aotrain.integrations.huggingface.callbacks import ShardingCheck
 from aotrain.integrations.huggingface.finetune_check import describe, problems
-from aotrain.integrations.huggingface.finetune_data import Rows, load_rows
 from aotrain.integrations.huggingface.finetune_model import (
     add_lora,
     build_model,
     load_tokenizer,
     prepare_low_precision,
 )
-from aotrain.integrations.huggingface.perplexity import mean_nll, summarize, table
+from aotrain.integrations.huggingface.perplexity import mean_nll
 from aotrain.integrations.huggingface.sharded_save import save_whole
 from aotrain.integrations.huggingface.trainer_kwargs import trainer_kwargs
 
@@ -40,10 +47,6 @@ if TYPE_CHECKING:
 
 __all__ = ["describe", "problems", "run"]
 
-SUMMARY = "summary.json"
-_RECIPE = "recipe.json"
-# A schedule that starts here never does.
-_NEVER = 2**62
 _PACKAGES = ("torch", "transformers", "trl", "accelerate")
 
 
@@ -74,7 +77,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
     if args.process_index == 0:
         served = _merged(recipe, tokenizer) if recipe.lora else recipe.output_dir
         if recipe.export is not None:
-            _export(recipe, served)
+            export_served(recipe, served)
     if recipe.export is not None and heldout is not None:
         args.distributed_state.wait_for_everyone()  # pyrefly: ignore[missing-attribute]
         nll["exported"], notes = _measure_exported(recipe, trainer)
@@ -88,7 +91,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
     if args.process_index == 0:
         if nll:
             print(table(summary, recipe.quantize.scheme if recipe.quantize else None))
-        _write(recipe.output_dir / SUMMARY, summary)
+        write_json(recipe.output_dir / SUMMARY, summary)
     return summary
 
 
@@ -149,22 +152,10 @@ def _wants_fsdp(args: SFTConfig) -> bool:
 
 def _claim_output(recipe: Recipe, args: SFTConfig) -> None:
     """Refuse a folder that holds another run, on all ranks before any writes to it."""
-    folder = recipe.output_dir
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        if (folder / SUMMARY).exists():
-            raise JobError(f"trainer.output_dir: {folder} holds a finished run; remove it or give another")
-        if not recipe.trainer.get("resume_from_checkpoint"):
-            checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
-            newest = f", up to {checkpoints[-1].name}" if checkpoints else ""
-            advice = "continue it with --trainer.resume_from_checkpoint true, " if checkpoints else ""
-            raise JobError(
-                f"trainer.output_dir: {folder} is not empty, as of a run that did not finish{newest}; "
-                f"{advice}remove it, or give another"
-            )
+    refuse_other_run(recipe)
     args.distributed_state.wait_for_everyone()  # pyrefly: ignore[missing-attribute]
     if args.process_index == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / _RECIPE, asdict(recipe))
+        write_recipe(recipe)
 
 
 def _train(trainer: SFTTrainer, recipe: Recipe) -> dict[str, float | None]:
@@ -201,13 +192,7 @@ def _control(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: Rows, heldout: Rows | None
 ) -> dict[str, float | None]:
     """Train the same model on the same batches with its fake quantizers off, and measure it dense and rounded."""
-    assert recipe.quantize is not None
-    trainer_keys = {key: value for key, value in recipe.trainer.items() if key != "resume_from_checkpoint"}
-    twin = replace(
-        recipe,
-        quantize=replace(recipe.quantize, start_step=_NEVER, anneal_steps=0),
-        trainer={**trainer_keys, "output_dir": str(recipe.output_dir / "control"), "save_strategy": "no"},
-    )
+    twin = control_recipe(recipe)
     trainer = build_trainer(twin, training_arguments(twin), tokenizer, rows, heldout)
     _train(trainer, twin)
     return _measure(twin, trainer, "control", "control_rounded")
@@ -228,22 +213,6 @@ def _merged(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Path:
     model.merge_and_unload().save_pretrained(folder)  # pyrefly: ignore[not-callable]
     tokenizer.save_pretrained(folder)
     return folder
-
-
-def _export(recipe: Recipe, dense: Path) -> None:
-    from aotrain.export import export
-
-    assert recipe.export is not None
-    assert recipe.quantize is not None
-    report = export(
-        dense,
-        Path(recipe.export.path),
-        scheme=recipe.quantize.scheme,
-        format=recipe.export.format,
-        exclude=recipe.quantize.exclude,
-        verify=recipe.export.verify,
-    )
-    print(report)
 
 
 def _measure_exported(recipe: Recipe, trainer: SFTTrainer) -> tuple[float | None, dict[str, str]]:
@@ -269,10 +238,3 @@ def _on_every_rank(here: bool) -> bool:
     everywhere = [here] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everywhere, here)
     return all(everywhere)
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    """A JSON file that is whole or not there."""
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
-    os.replace(scratch, path)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from aotrain.integrations.huggingface.optim_args import parse_optim_args
+from aotrain.integrations.optim_args import parse_optim_args
 from aotrain.integrations.optimizers import canonical_name, optimizer_class
 from aotrain.optim import CPUOffloadOptimizer, precision_groups
 
