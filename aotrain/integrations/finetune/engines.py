@@ -13,8 +13,7 @@ from aotrain.integrations.finetune.rules import check_recipe
 if TYPE_CHECKING:
     from aotrain.integrations.finetune.recipe import Recipe
 
-# engine -> (module, extra that installs what it needs). A module has run(recipe); problems(recipe) and
-# describe(recipe) if it can tell without training.
+# engine -> (module, extra that installs what it needs). A module has run(recipe), problems(recipe), describe(recipe).
 _ENGINES = {
     "trl": ("aotrain.integrations.huggingface.finetune", "hf"),
     "torchtitan": ("aotrain.integrations.torchtitan.finetune", "titan"),
@@ -42,8 +41,7 @@ def problems(recipe: Recipe) -> Iterator[tuple[str, str]]:
         JobError: the engine is not installed.
     """
     yield from check_recipe(recipe)
-    if hasattr(engine := _engine(recipe), "problems"):
-        yield from engine.problems(recipe)
+    yield from _engine(recipe).problems(recipe)
 
 
 def describe(recipe: Recipe) -> str:
@@ -52,8 +50,7 @@ def describe(recipe: Recipe) -> str:
     Raises:
         JobError: the engine is not installed.
     """
-    engine = _engine(recipe)
-    return engine.describe(recipe) if hasattr(engine, "describe") else ""
+    return _engine(recipe).describe(recipe)
 
 
 def _engine(recipe: Recipe) -> ModuleType:
@@ -61,6 +58,4 @@ def _engine(recipe: Recipe) -> ModuleType:
     try:
         return import_module(module)
     except ModuleNotFoundError as error:
-        if error.name == module:
-            raise JobError(f"engine: {recipe.engine} cannot fine-tune yet; want trl") from None
         raise JobError(f"engine: {recipe.engine} needs {error.name}: pip install 'aotrain[{extra}]'") from error

@@ -60,7 +60,7 @@ def build_config(
         model_spec=spec,
         hf_assets_path=str(tokenizer_dir),
         dump_folder=job.output_dir,
-        loss=_loss(spec),
+        loss=loss_config(spec),
         optimizer=optimizer_config(job.optimizer),
         lr_scheduler=LRSchedulersContainer.Config(
             warmup_steps=job.schedule.warmup_steps,
@@ -143,7 +143,8 @@ def _check_experts(job: PretrainJob, spec: ModelSpec, num_ranks: int) -> None:
             raise JobError(f"parallelism.ep: got {ep}, want a divisor of the {experts.num_experts} experts of {fqn}")
 
 
-def _loss(spec: ModelSpec) -> BaseLoss.Config:
+def loss_config(spec: ModelSpec) -> BaseLoss.Config:
+    """Cross entropy, in pieces where the vocabulary makes logits large."""
     plain = CrossEntropyLoss.Config(global_vocab_size=vocab_size(spec))
     if vocab_size(spec) < _LARGE_VOCAB or not compat.chunked_loss_works():
         return plain

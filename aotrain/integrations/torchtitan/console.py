@@ -21,6 +21,8 @@ _NOISE = (
     "Error running lspci",
     "CUDA graph capture is only supported",
     "ENV[",
+    # Of the second training of a fine-tuning run, in the first one's process group.
+    "torch.distributed is already initialized",
     "model.safetensors.index.json not found",
 )
 

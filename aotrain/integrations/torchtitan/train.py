@@ -74,7 +74,7 @@ def run(job: PretrainJob) -> Path:
 
     assert job.output_dir is not None
     run_dir = Path(job.output_dir)
-    _single_process_environment()
+    single_process_environment()
     rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device_type = choose_device(job)
     _check_wandb(job)
@@ -161,7 +161,7 @@ def _announce_batch(config: Trainer.Config, ranks: int) -> None:
     log.info("%d sequences per step: data-parallel ranks %d x passes %d x batch %d", total, ranks, passes, local)
 
 
-def _single_process_environment() -> None:
+def single_process_environment() -> None:
     """What torchrun would set for one process, where it did not start us."""
     if "RANK" in os.environ:
         return

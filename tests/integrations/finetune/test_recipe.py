@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -193,9 +192,6 @@ def test_every_scheme_has_a_format():
 
 def test_an_engine_that_is_not_there_says_what_to_do(write, monkeypatch):
     recipe = load_recipe(write(PLAIN))
-    monkeypatch.setitem(engines._ENGINES, "torchtitan", ("aotrain.integrations.finetune.no_such_engine", "titan"))
-    with pytest.raises(JobError, match="engine: torchtitan cannot fine-tune yet; want trl"):
-        run(replace(recipe, engine="torchtitan"))
     monkeypatch.setitem(engines._ENGINES, "trl", ("no_such_package.module", "hf"))
     with pytest.raises(JobError, match=r"engine: trl needs no_such_package: pip install 'aotrain\[hf\]'"):
         run(recipe)

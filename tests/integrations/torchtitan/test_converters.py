@@ -19,7 +19,7 @@ from aotrain.integrations.torchtitan.linear import Float8Linear, NVFP4Linear, fl
 from aotrain.integrations.torchtitan.metrics_file import read_rows
 from aotrain.integrations.torchtitan.models import llama3_spec
 from aotrain.integrations.torchtitan.optim import EMBEDDING, optimizer_config, with_low_bit
-from aotrain.integrations.torchtitan.train import _single_process_environment, _train
+from aotrain.integrations.torchtitan.train import _train, single_process_environment
 from aotrain.nn.fsdp_weight import FsdpWeight
 from aotrain.recipes import RECIPES
 
@@ -136,7 +136,7 @@ def test_a_special_linear_is_left_alone():
 
 def test_override_and_converter_train_to_the_same_bits(train, tiny_job):
     by_converter = train(name="converter", config="llama3_debug_float8_rowwise_cpu")
-    _single_process_environment()
+    single_process_environment()
     job = tiny_job("optimizer.name=adamw", name="override")
     config = build_config(job, device_type="cpu", num_ranks=1, tokenizer_dir=byte_tokenizer_dir())
     config.override = OverrideConfig(

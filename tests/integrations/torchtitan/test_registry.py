@@ -7,7 +7,7 @@ from torchtitan.models.common.attention import FlexAttention
 from aotrain.integrations.byte_tokenizer import byte_tokenizer_dir
 from aotrain.integrations.torchtitan import registry
 from aotrain.integrations.torchtitan.attention import DocumentSDPA
-from aotrain.integrations.torchtitan.train import _single_process_environment, _train
+from aotrain.integrations.torchtitan.train import _train, single_process_environment
 
 MODULE = "aotrain.integrations.torchtitan.registry"
 
@@ -26,7 +26,7 @@ def test_a_stock_config_trains_with_our_overrides(config, tmp_path, capfd):
     ]
     parsed = ConfigManager().parse_args(arguments)
     assert parsed.training.disable_cuda_graphs
-    _single_process_environment()
+    single_process_environment()
     _train(parsed)
     assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 2
 
