@@ -29,10 +29,15 @@ def start(*arguments, **options) -> subprocess.Popen[str]:
 
 def start_each(config: str, out: Path, *overrides: str, ranks: int) -> list[subprocess.Popen[str]]:
     """One process per rank, without torchrun over them: quicker, and each can be killed."""
+    return start_ranks(worker(config, out, *overrides), ranks=ranks)
+
+
+def start_ranks(arguments: list[str], *, ranks: int) -> list[subprocess.Popen[str]]:
+    """``python ARGUMENTS`` as each rank of one group."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    arguments = [sys.executable, *worker(config, out, *overrides)]
+    arguments = [sys.executable, *arguments]
     group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     return [_popen(arguments, {**group, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(ranks)]
 
