@@ -106,7 +106,7 @@ def layer_problem(scheme_name: str, fqn: str, linear: Linear.Config, layout: Lay
     problem = scheme.problem(linear.out_features, linear.in_features)
     if problem is None and isinstance(scheme.weight, ScaledScheme) and layout.swaps_rows(f"{fqn}.weight"):
         block = scheme.weight.scaling.block[0]
-        if block > 1 and block % layout.head_dim:
+        if 1 < block < linear.out_features and block % layout.head_dim:
             problem = (
                 f"torchtitan swaps rows within heads of {layout.head_dim}, which moves them between the scales of "
                 f"{block} rows; want engine: trl"

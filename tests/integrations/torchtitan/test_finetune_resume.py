@@ -50,7 +50,10 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(load, tmp_path):
 
 def test_two_ranks_train_what_one_does(load, tmp_path):
     """Sharded by FSDP2 over gloo: same batches, so the same losses but for the order of sums."""
-    changes = ("export=null", "trainer.max_steps=4")
+    # A large eps: else AdamW's first steps are the signs of gradients, also of those that are only noise.
+    changes = ["export=null", "trainer.max_steps=3", "optimizer.name=adamw", "optimizer.eps=1e-2"]
+    # int4 puts the largest weight of each group on a tie between two codes, where the last bit of a sum decides.
+    changes += ["quantize.scheme=fp8-weight-only"]
     one = load(*changes)
     alone = run(one)
     out = tmp_path / "two"
@@ -60,11 +63,10 @@ def test_two_ranks_train_what_one_does(load, tmp_path):
     finish(*start_ranks(arguments, ranks=2))
     summary = json.loads((out / "summary.json").read_text())
     got, want = ([row["loss"] for row in read_rows(folder / "metrics.jsonl")] for folder in (out, one.output_dir))
-    assert got == pytest.approx(want, abs=2e-3)
+    assert got == pytest.approx(want, abs=1e-4)
     for name, value in alone["nll"].items():
-        assert summary["nll"][name] == pytest.approx(value, abs=5e-3), name
+        assert summary["nll"][name] == pytest.approx(value, abs=1e-4), name
     one_weights, two_weights = read_weights(one.output_dir), read_weights(out)
     assert one_weights.keys() == two_weights.keys()
-    # 8-bit state of small values rounds to neighbours; a row in the wrong place would be off by its size, 0.1.
     for name, value in one_weights.items():
-        assert (two_weights[name] - value).abs().mean() < 2e-3, name
+        assert (two_weights[name] - value).abs().mean() < 1e-5, name
