@@ -171,11 +171,12 @@ class Recipe(_Section):
     optimizer: Optimizer
     # null: all weights are trained.
     lora: Lora | None = None
-    # `trl.SFTConfig`, as it is. output_dir is needed; learning rate, betas and so on are those of `optimizer`.
+    # `trl.SFTConfig`, as it is; engine torchtitan takes some of its keys and refuses the others. output_dir is needed;
+    # learning rate, betas and so on are those of `optimizer`.
     trainer: dict[str, Any]
     export: Export | None = None
     evaluate: Evaluate | None = None
-    # trl: every causal model of transformers. torchtitan: the families that it has.
+    # trl: every causal model of transformers. torchtitan: Llama and Qwen3, under FSDP2 on any number of ranks.
     engine: Literal["trl", "torchtitan"] = "trl"
 
     @property

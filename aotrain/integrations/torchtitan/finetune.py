@@ -72,20 +72,17 @@ def run(recipe: Recipe) -> dict[str, Any]:
     compat.install()
     from torchtitan.observability import structured_logger
 
-    from aotrain.integrations.torchtitan.console import log_to, start_logging, stop_logging
+    from aotrain.integrations.torchtitan.console import start_logging, stop_logging
     from aotrain.integrations.torchtitan.train import single_process_environment
 
     for key, message in problems(recipe):
         raise JobError(f"{key}: {message}")
     refuse_other_run(recipe, "checkpoint/step-*")
     single_process_environment()
-    rank = int(os.environ["RANK"])
-    start_logging(rank)
+    start_logging(int(os.environ["RANK"]))
     try:
-        job = _prepare(recipe)
-        log_to(recipe.output_dir, rank)
         structured_logger.init_structured_logger(source="training", output_dir=str(recipe.output_dir), enable=False)
-        return _run(recipe, job)
+        return _run(recipe, _prepare(recipe))
     finally:
         stop_logging()
         if torch.distributed.is_initialized():
@@ -113,31 +110,36 @@ def _prepare(recipe: Recipe) -> _Job:
     device = finetune_device(recipe, use_cpu=keys.use_cpu)
     tokenizer = load_tokenizer(sources.tokenizer)
     rows, heldout = load_rows(recipe)
+    # As TRL, which measures on packed rows; whole rows see nothing of each other, so they are not packed to be measured.
+    wrapped = keys.packing and keys.packing_strategy == "wrapped"
     return _Job(
         keys,
         sources,
         device,
         tokenize(rows, tokenizer, keys, packing=keys.packing),
-        None if heldout is None else tokenize(heldout, tokenizer, keys, packing=False),
+        None if heldout is None else tokenize(heldout, tokenizer, keys, packing=wrapped),
     )
 
 
 def _run(recipe: Recipe, job: _Job) -> dict[str, Any]:
+    from aotrain.integrations.torchtitan.console import log_to
     from aotrain.integrations.torchtitan.finetune_build import build_trainer, layout_of
     from aotrain.integrations.torchtitan.finetune_model import served_dtype
     from aotrain.integrations.torchtitan.finetune_weights import save_weights
 
     nll: dict[str, float | None] = {}
-    is_first = int(os.environ["RANK"]) == 0
+    rank = int(os.environ["RANK"])
+    is_first = rank == 0
     trainer = build_trainer(recipe, job.keys, job.sources, job.device, job.rows)
     torch.distributed.barrier()  # no rank writes before all have looked into the folder
+    log_to(recipe.output_dir, rank)
     if is_first:
         write_recipe(recipe)
     if job.heldout is not None and job.sources.folder is not None:
         nll |= _measure(recipe, job, trainer, "start", "start_rounded")
-    _train(trainer)
+    trainer.train()
     others = [folder for folder in (job.sources.folder, job.sources.tokenizer) if folder is not None]
-    dtype, layout = served_dtype(job.sources, job.keys), layout_of(job.sources)
+    dtype, layout = served_dtype(recipe, job.sources, job.keys), layout_of(job.sources)
     save_weights(trainer.model, layout, recipe.output_dir, config=_served_config(job), others=others, dtype=dtype)
     if job.heldout is not None:
         nll["qat" if recipe.quantize else "trained"] = trainer.mean_nll(
@@ -169,10 +171,6 @@ def _run(recipe: Recipe, job: _Job) -> dict[str, Any]:
     return summary
 
 
-def _train(trainer: FinetuneTrainer) -> None:
-    trainer.train()
-
-
 def _measure(recipe: Recipe, job: _Job, trainer: FinetuneTrainer, dense: str, rounded: str) -> dict[str, float | None]:
     """nll without quantization, and with the weights rounded as they are."""
     assert job.heldout is not None
@@ -189,7 +187,7 @@ def _control(recipe: Recipe, job: _Job) -> dict[str, float | None]:
 
     twin = control_recipe(recipe)
     trainer = build_trainer(twin, trainer_keys(twin), job.sources, job.device, job.rows)
-    _train(trainer)
+    trainer.train()
     found = _measure(twin, job, trainer, "control", "control_rounded")
     trainer.close()
     return found

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+import torch
 from torchtitan.config import CommConfig, CompileConfig, ParallelismConfig, TrainingConfig
 from torchtitan.config.configs import DebugConfig
 from torchtitan.distributed.activation_checkpoint import FullAC
@@ -15,7 +16,7 @@ from aotrain.integrations.torchtitan.checkpoint import CheckedCheckpoints
 from aotrain.integrations.torchtitan.finetune_data import RowLoader, TokenRows, total_steps
 from aotrain.integrations.torchtitan.finetune_keys import TrainerKeys
 from aotrain.integrations.torchtitan.finetune_layout import Layout, model_spec
-from aotrain.integrations.torchtitan.finetune_model import Sources, build_spec, served_dtype
+from aotrain.integrations.torchtitan.finetune_model import Sources, build_spec, products_dtype
 from aotrain.integrations.torchtitan.finetune_optim import optimizer_config, schedule_config
 from aotrain.integrations.torchtitan.finetune_trainer import FinetuneTrainer
 from aotrain.integrations.torchtitan.finetune_weights import load_weights
@@ -79,7 +80,7 @@ def trainer_config(
             max_norm=keys.max_grad_norm or float("inf"),
             steps=steps,
             dtype=_name(sources.dtype),
-            mixed_precision_param=_name(served_dtype(sources, keys)),
+            mixed_precision_param=_name(products_dtype(sources, keys)),
             # Batches are as long as their longest row.
             disable_cuda_graphs=True,
         ),
@@ -107,5 +108,5 @@ def trainer_config(
     )
 
 
-def _name(dtype: object) -> str:
-    return str(dtype).removeprefix("torch.")
+def _name(dtype: torch.dtype) -> Literal["bfloat16", "float32"]:
+    return "bfloat16" if dtype == torch.bfloat16 else "float32"

@@ -11,7 +11,7 @@ from torchtitan.models.common.linear import Linear
 
 from aotrain.integrations.config_file import JobError
 from aotrain.integrations.torchtitan.finetune_keys import recipe_problems, trainer_keys, trainer_problems
-from aotrain.integrations.torchtitan.finetune_layout import Layout, model_spec
+from aotrain.integrations.torchtitan.finetune_layout import Layout, max_length, model_spec
 from aotrain.integrations.torchtitan.finetune_model import Sources, build_spec, find_sources, load_tokenizer
 from aotrain.integrations.torchtitan.finetune_optim import optimizer_config
 from aotrain.integrations.torchtitan.finetune_qat import misfits
@@ -65,7 +65,7 @@ def _model_problems(recipe: Recipe, sources: Sources) -> Iterator[tuple[str, str
             "model.tokenizer",
             f"it has {tokens} tokens, but the model embeds {vocab_size(spec)}; want the model's own",
         )
-    longest = spec.model.layers[0].attention.rope.max_seq_len
+    longest = max_length(sources.config)
     if not list(trainer_problems(recipe.trainer)) and (got := trainer_keys(recipe).max_length) > longest:
         yield "trainer.max_length", f"got {got}, but the model has max_position_embeddings {longest}; want at most that"
     if sources.folder is not None and any(sources.folder.glob("*.safetensors")):

@@ -38,9 +38,7 @@ class TokenRows(list[TokenRow]):
         return {"sequences": len(self), "tokens": sum(len(row.tokens) for row in self)}
 
 
-def tokenize(
-    rows: Iterable[dict[str, Any]], tokenizer: HuggingFaceTokenizer, keys: TrainerKeys, *, packing: bool
-) -> TokenRows:
+def tokenize(rows: Iterable[Any], tokenizer: HuggingFaceTokenizer, keys: TrainerKeys, *, packing: bool) -> TokenRows:
     """Sequences of at most `max_length` tokens.
 
     Args:

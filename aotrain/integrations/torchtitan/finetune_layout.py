@@ -111,6 +111,11 @@ def _rope_parameters(config: HFConfig) -> HFConfig:
     return {**found, "rope_type": found.get("rope_type") or found.get("type") or "default"}
 
 
+def max_length(config: HFConfig) -> int:
+    """Positions that a model of a configuration without mismatches has."""
+    return {**ARCHITECTURES[config["model_type"]].defaults, **config}["max_position_embeddings"]
+
+
 def model_spec(config: HFConfig, attention: str) -> ModelSpec:
     """The torchtitan model of a configuration without mismatches.
 
@@ -219,8 +224,8 @@ class Layout:
     """
 
     def __init__(self, config: HFConfig, spec: ModelSpec) -> None:
-        assert spec.state_dict_adapter is not None
-        names = spec.state_dict_adapter(spec.model, None).from_hf_map
+        adapter: Any = spec.state_dict_adapter
+        names = adapter(spec.model, None).from_hf_map
         self._to_hf = {titan: hf for hf, titan in names.items() if titan is not None}
         self._interleaved = ARCHITECTURES[config["model_type"]].rope is ComplexRoPE
         self.head_dim = _head_dim({**ARCHITECTURES[config["model_type"]].defaults, **config})

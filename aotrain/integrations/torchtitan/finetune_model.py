@@ -70,9 +70,14 @@ def load_tokenizer(folder: Path) -> HuggingFaceTokenizer:
     return HuggingFaceTokenizer(tokenizer_path=str(folder))
 
 
-def served_dtype(sources: Sources, keys: TrainerKeys) -> torch.dtype:
-    """What the products of training run in, which is what the saved checkpoint has and a server sees."""
+def products_dtype(sources: Sources, keys: TrainerKeys) -> torch.dtype:
+    """What the products of training run in."""
     return torch.bfloat16 if keys.bf16 else sources.dtype
+
+
+def served_dtype(recipe: Recipe, sources: Sources, keys: TrainerKeys) -> torch.dtype:
+    """Of the saved checkpoint: where weights are rounded to a scheme, what was rounded in training."""
+    return sources.dtype if recipe.quantize is None else products_dtype(sources, keys)
 
 
 def build_spec(recipe: Recipe, sources: Sources, keys: TrainerKeys, attention: str) -> tuple[ModelSpec, Report | None]:
@@ -84,7 +89,7 @@ def build_spec(recipe: Recipe, sources: Sources, keys: TrainerKeys, attention: s
     spec = model_spec(sources.config, attention)
     layout = Layout(sources.config, spec)
     if recipe.quantize is not None:
-        report = quantize_layers(spec.model, recipe.quantize, layout, served_dtype(sources, keys))
+        report = quantize_layers(spec.model, recipe.quantize, layout, products_dtype(sources, keys))
         if not report.converted:
             raise JobError(f"quantize: found no layer to quantize: {report.summary()}")
         if recipe.quantize.scheme == "nvfp4":
@@ -96,7 +101,7 @@ def build_spec(recipe: Recipe, sources: Sources, keys: TrainerKeys, attention: s
         converter = Float8Converter(
             Float8Converter.Config(recipe=recipe.float8, model_compile_enabled=keys.torch_compile)
         )
-        spec.model = converter.convert(spec.model)
+        converter.convert(spec.model)  # in place
         return spec, converter.report
     return spec, None
 

@@ -53,7 +53,7 @@ class FakeQuantizedLinear(aotrain.qat.FakeQuantizedLinear, Linear):
         )
         for quantizer in (self.activation_fake_quantizer, self.weight_fake_quantizer):
             if quantizer is not None:
-                quantizer.__class__ = _as_titan_module(type(quantizer))
+                quantizer.__class__ = _as_titan_module(type(quantizer))  # pyrefly: ignore[bad-argument-type]
 
 
 @functools.cache

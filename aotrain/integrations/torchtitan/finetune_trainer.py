@@ -30,6 +30,8 @@ class FinetuneTrainer(RunTrainer):
         anneal_steps: int = 0
         """Steps over which it is then turned on."""
 
+    config: Config  # pyrefly: ignore[bad-override-mutable-attribute]
+
     @property
     def model(self) -> torch.nn.Module:
         """The model, which is one part: there is no pipeline."""

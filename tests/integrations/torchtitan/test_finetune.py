@@ -1,6 +1,8 @@
 """A recipe through torchtitan on the CPU: what is trained, saved, served and measured."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,3 +87,12 @@ def test_random_weights_float8_packing_and_torchs_adamw(load):
         saved["model.layers.0.self_attn.k_proj.weight"], saved["model.layers.0.self_attn.v_proj.weight"]
     )
     assert json.loads((recipe.output_dir / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_without_transformers_the_export_is_written_and_not_measured(load, monkeypatch):
+    monkeypatch.setitem(sys.modules, "aotrain.integrations.huggingface.served", None)
+    recipe = load("trainer.max_steps=2")
+    summary = run(recipe)
+    assert summary["nll"]["exported"] is None
+    assert "transformers cannot read it here" in summary["exported_note"]
+    assert (Path(recipe.export.path) / "model.safetensors").is_file()
