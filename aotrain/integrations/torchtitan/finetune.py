@@ -110,7 +110,7 @@ def _prepare(recipe: Recipe) -> _Job:
     device = finetune_device(recipe, use_cpu=keys.use_cpu)
     tokenizer = load_tokenizer(sources.tokenizer)
     rows, heldout = load_rows(recipe)
-    # As TRL, which measures on packed rows; whole rows see nothing of each other, so they are not packed to be measured.
+    # As TRL, which measures on packed rows. Whole rows see nothing of each other: packing would not change the measure.
     wrapped = keys.packing and keys.packing_strategy == "wrapped"
     return _Job(
         keys,
