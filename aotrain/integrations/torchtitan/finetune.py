@@ -151,7 +151,9 @@ def _run(recipe: Recipe, job: _Job) -> dict[str, Any]:
     gc.collect()
     if recipe.evaluate is not None and recipe.evaluate.control:
         nll |= _control(recipe, job)
-    # From here on no rank waits for another.
+    # From here on no rank waits for another, and nobody shall think so: compressed-tensors deals the layers that it
+    # decompresses to the ranks of a process group, with broadcasts.
+    torch.distributed.destroy_process_group()
     notes: dict[str, str] = {}
     if is_first and recipe.export is not None:
         export_served(recipe, recipe.output_dir)

@@ -52,7 +52,6 @@ def test_two_ranks_train_what_one_does(load, tmp_path):
     """Sharded by FSDP2 over gloo: same batches, so the same losses but for the order of sums."""
     # A large eps: else AdamW's first steps are the signs of gradients, also of those that are only noise.
     changes = [
-        "export=null",
         "evaluate.control=true",
         "trainer.max_steps=3",
         "optimizer.name=adamw",
@@ -63,13 +62,15 @@ def test_two_ranks_train_what_one_does(load, tmp_path):
     one = load(*changes)
     alone = run(one)
     out = tmp_path / "two"
-    settings = [*changes, f"trainer.output_dir={out}", "trainer.per_device_train_batch_size=2"]
+    folders = [f"trainer.output_dir={out}", f"export.path={tmp_path / 'two_served'}"]
+    settings = [*changes, *folders, "trainer.per_device_train_batch_size=2"]
     arguments = ["-m", "aotrain.cli", "finetune", str(tmp_path / "recipe.yaml")]
     arguments += [part for setting in settings for part in ("--set", setting)]
     finish(*start_ranks(arguments, ranks=2))
     summary = json.loads((out / "summary.json").read_text())
     got, want = ([row["loss"] for row in read_rows(folder / "metrics.jsonl")] for folder in (out, one.output_dir))
     assert got == pytest.approx(want, abs=1e-4)
+    assert "exported" in alone["nll"]
     for name, value in alone["nll"].items():
         assert summary["nll"][name] == pytest.approx(value, abs=1e-4), name
     one_weights, two_weights = read_weights(one.output_dir), read_weights(out)
