@@ -37,10 +37,13 @@ from aotrain.integrations.huggingface.finetune_model import (
     build_model,
     load_tokenizer,
     prepare_low_precision,
+    served_scheme,
 )
 from aotrain.integrations.huggingface.perplexity import mean_nll
 from aotrain.integrations.huggingface.sharded_save import save_whole
 from aotrain.integrations.huggingface.trainer_kwargs import trainer_kwargs
+from aotrain.qat import share_global_scales
+from aotrain.quantization.schemes import Nvfp4Scheme
 
 if TYPE_CHECKING:
     from aotrain.integrations.finetune.recipe import Recipe
@@ -129,6 +132,8 @@ def build_trainer(
         print(report)
     if recipe.lora is not None:
         model = add_lora(model, recipe.lora, quantized=recipe.quantize is not None)
+    if recipe.quantize is not None and isinstance(served_scheme(recipe, model).weight, Nvfp4Scheme):
+        share_global_scales(model)
     try:
         ours = trainer_kwargs(recipe)
     except ValueError as error:

@@ -60,6 +60,17 @@ def test_trained_converted_and_served_are_the_same_bits(tmp_path, capsys):
     assert_bitwise_equal(served(tokens).logits, prepared)
 
 
+def test_nvfp4_trains_with_the_scales_of_joined_layers(tmp_path):
+    """In full, then adapters on what that has saved. transformers decodes NVFP4 to bfloat16, so the model is in that."""
+    changes = ["quantize.scheme=nvfp4", "quantize.start_step=0", "evaluate.control=false", "optimizer.lr=1e-2"]
+    first = load(tmp_path / "full", *changes, "model.dtype=bfloat16")
+    nll = run(first)["nll"]
+    assert nll["exported"] == nll["qat"]
+    model = [f"model={{path: {first.output_dir}, dtype: bfloat16}}", "lora={r: 4}"]
+    nll = run(load(tmp_path / "adapters", *changes, *model))["nll"]
+    assert nll["exported"] == nll["qat"]
+
+
 def test_low_rank_adapters_train_the_grid_that_is_served(tmp_path):
     first = load(tmp_path / "base", "quantize=null", "export=null", "evaluate=null")
     run(first)
