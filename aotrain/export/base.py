@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
+from aotrain.export.parts import Rows
 from aotrain.quantization.schemes import Encoded, Scheme
 
-# Reads one stored tensor by name.
-Reader = Callable[[str], torch.Tensor]
+# A stored tensor by name.
+Reader = Callable[[str], Rows]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +75,18 @@ class ExportFormat(ABC):
 
     @abstractmethod
     def pack(self, layer: Layer, scheme: Scheme, encoded: Encoded) -> dict[str, torch.Tensor]:
-        """Stored tensors by key."""
+        """Rows of stored tensors by key, from the codes of some rows of the weight.
+
+        Each has one entry per row, or one per 128 rows where scales do.
+        """
+
+    def constants(self, layer: Layer, scheme: Scheme, global_scale: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """Stored tensors by key that a layer has once, whatever its rows."""
+        return {}
 
     @abstractmethod
-    def decode(self, layer: Layer, scheme: Scheme, read: Reader) -> torch.Tensor:
-        """The weight in `layer.dtype` from stored tensors, by code that shares nothing with `pack`."""
+    def decode(self, layer: Layer, scheme: Scheme, read: Reader, part: slice) -> torch.Tensor:
+        """Rows of the weight in `layer.dtype` from stored tensors, by code that shares nothing with `pack`."""
 
     @abstractmethod
     def update_config(self, config: dict[str, Any], plan: Plan) -> None:

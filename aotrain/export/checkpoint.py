@@ -1,35 +1,19 @@
-"""A dense Hugging Face checkpoint folder as a list of tensors that are read one at a time.
+"""A dense Hugging Face checkpoint folder as a list of tensors that are read by rows.
 
 Only safetensors files are read, one or several with their index; pickled weights are refused, as loading them runs what
 they say. Headers of all shards are checked when the folder is opened, so that a truncated download is found before
-anything is written. A tensor is read through a file opened for it alone: the pages of a file that stays open would
-count as memory of the process until its end.
+anything is written.
 """
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from aotrain.export.safetensors_writer import DTYPE_NAMES
+from aotrain.export.stored_tensor import StoredTensor, stored_tensors
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A tensor of a checkpoint, without its data."""
-
-    shard: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
 
 
 class Checkpoint:
@@ -53,41 +37,16 @@ class Checkpoint:
             raise ValueError(f"{folder} is no folder; want a checkpoint folder with config.json and *.safetensors.")
         self.config = _read_json(folder / "config.json")
         self.shards, index = _find_shards(folder)
-        self.entries: dict[str, Entry] = {}
+        self.entries: dict[str, StoredTensor] = {}
         for shard in self.shards:
-            self.entries.update(_read_header(folder / shard))
+            self.entries.update(stored_tensors(folder / shard))
         missing = sorted(set(index) - set(self.entries))
         if missing:
             raise ValueError(f"{folder}: the index names {', '.join(missing[:5])}, which no shard holds.")
 
     def keys_of(self, shard: str) -> list[str]:
         """Keys of the tensors of a shard."""
-        return [key for key, entry in self.entries.items() if entry.shard == shard]
-
-    @contextmanager
-    def tensor(self, key: str) -> Iterator[torch.Tensor]:
-        """One tensor; its memory is that of the file, and given back when the last reference goes."""
-        with open_safetensors(self.folder / self.entries[key].shard) as file:
-            yield file.get_tensor(key)
-
-
-@contextmanager
-def open_safetensors(path: Path) -> Iterator[Any]:
-    """An open safetensors file, with errors that name it.
-
-    Raises:
-        ValueError: the file is damaged.
-        ImportError: safetensors is not installed.
-    """
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError as error:
-        raise ImportError("aotrain.export needs safetensors: pip install safetensors") from error
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or incomplete ({error}): copy or download it again.") from error
+        return [key for key, entry in self.entries.items() if entry.path.name == shard]
 
 
 def _find_shards(folder: Path) -> tuple[list[str], dict[str, str]]:
@@ -124,15 +83,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} is no JSON object.")
     return value
-
-
-def _read_header(path: Path) -> dict[str, Entry]:
-    entries = {}
-    with open_safetensors(path) as file:
-        for key in file.keys():  # noqa: SIM118  (no mapping)
-            part = file.get_slice(key)
-            dtype = _DTYPES.get(part.get_dtype())
-            if dtype is None:
-                raise ValueError(f"{path}: {key} has dtype {part.get_dtype()}; want a dense checkpoint.")
-            entries[key] = Entry(path.name, tuple(part.get_shape()), dtype)
-    return entries

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from aotrain.export.base import ExportFormat, Layer, Plan, Reader
-from aotrain.export.parts import decode_in_parts
+from aotrain.export.parts import rows_of
 from aotrain.export.selection import is_expert
 from aotrain.formats import (
     BLOCKWISE_1X32,
@@ -78,40 +78,43 @@ class CompressedTensors(ExportFormat):
         layout = weight_layout(scheme)
         if layout == PACKED:
             assert isinstance(scheme.weight, AffineScheme)
-            stored = pack_integers(data, integer_bits(scheme.weight))
-            shape = torch.tensor(layer.shape, dtype=torch.int64)
-            return {f"{name}.weight_packed": stored, f"{name}.weight_scale": scale, f"{name}.weight_shape": shape}
-        if layout == NVFP4:
-            assert encoded.global_scale is not None
-            divisor = encoded.global_scale.reshape(1).reciprocal()
             return {
-                f"{name}.weight_packed": pack_float4(data),
+                f"{name}.weight_packed": pack_integers(data, integer_bits(scheme.weight)),
                 f"{name}.weight_scale": scale,
-                f"{name}.weight_global_scale": divisor,
             }
-        if layout == MXFP4:
-            return {f"{name}.weight_packed": pack_float4(data), f"{name}.weight_scale": scale.view(torch.uint8)}
-        if layout == MXFP8:
+        if layout in (MXFP4, MXFP8):
             scale = scale.view(torch.uint8)
+        if layout in (NVFP4, MXFP4):
+            return {f"{name}.weight_packed": pack_float4(data), f"{name}.weight_scale": scale}
         return {f"{name}.weight": data, f"{name}.weight_scale": scale}
 
-    def decode(self, layer: Layer, scheme: Scheme, read: Reader) -> torch.Tensor:
+    def constants(self, layer: Layer, scheme: Scheme, global_scale: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        layout = weight_layout(scheme)
+        if layout == PACKED:
+            return {f"{layer.name}.weight_shape": torch.tensor(layer.shape, dtype=torch.int64)}
+        if layout == NVFP4:
+            assert global_scale is not None
+            return {f"{layer.name}.weight_global_scale": global_scale.reshape(1).reciprocal()}
+        return {}
+
+    def decode(self, layer: Layer, scheme: Scheme, read: Reader, part: slice) -> torch.Tensor:
         layout, name = weight_layout(scheme), layer.name
-        scale, global_scale = read(f"{name}.weight_scale"), None
+        scale, global_scale = rows_of(read(f"{name}.weight_scale"), layer.shape[0], part), None
         if layout == PACKED:
             assert isinstance(scheme.weight, AffineScheme)
-            rows, columns = read(f"{name}.weight_shape").tolist()
-            data = _integers_from_bytes(read(f"{name}.weight_packed"), integer_bits(scheme.weight))[:, :columns]
-            assert data.shape[0] == rows
+            rows, columns = read(f"{name}.weight_shape")[:].tolist()
+            words = read(f"{name}.weight_packed")
+            assert words.shape[0] == rows
+            data = _integers_from_bytes(words[part], integer_bits(scheme.weight))[:, :columns]
         elif layout in (NVFP4, MXFP4):
-            data = codes_from_nibbles(read(f"{name}.weight_packed"))
+            data = codes_from_nibbles(read(f"{name}.weight_packed")[part])
         else:
-            data = read(f"{name}.weight")
+            data = read(f"{name}.weight")[part]
         if layout == NVFP4:
-            global_scale = (1 / read(f"{name}.weight_global_scale").double()).float().reshape(1, 1)
+            global_scale = (1 / read(f"{name}.weight_global_scale")[:].double()).float().reshape(1, 1)
         elif layout in (MXFP4, MXFP8):
             scale = scale.view(torch.float8_e8m0fnu)
-        return decode_in_parts(scheme.weight, Encoded(data, scale, global_scale=global_scale), layer.dtype)
+        return scheme.weight.decode(Encoded(data, scale, global_scale=global_scale), layer.dtype)
 
     def update_config(self, config: dict[str, Any], plan: Plan) -> None:
         layout = weight_layout(plan.scheme)

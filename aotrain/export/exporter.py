@@ -1,4 +1,4 @@
-"""export: a dense checkpoint folder in, a folder that servers read out, one tensor in memory at a time.
+"""export: a dense checkpoint folder in, a folder that servers read out, some rows of one tensor in memory at a time.
 
 Every weight goes through `scheme.weight.encode` and a format's `pack`, nothing else; what servers see is then read back
 from the files and compared with what training saw, `scheme.weight.values(weight)`, bit for bit. The folder is written
@@ -17,14 +17,15 @@ from typing import Any
 import torch
 
 from aotrain.export.base import ExportFormat, Layer, Plan
-from aotrain.export.checkpoint import INDEX, PICKLED, SINGLE, Checkpoint, open_safetensors
+from aotrain.export.checkpoint import INDEX, PICKLED, SINGLE, Checkpoint
 from aotrain.export.compressed_tensors import FLOAT, weight_layout
 from aotrain.export.gguf_grid import GgufGrid, survives_conversion
-from aotrain.export.parts import decode_in_parts, encode_in_parts, encode_part, row_parts
+from aotrain.export.parts import encode_part, entries_for, row_parts
 from aotrain.export.planning import make_plan
 from aotrain.export.report import ExportReport, LayerReport
 from aotrain.export.safetensors_writer import SafetensorsWriter
 from aotrain.export.snapped import looks_snapped
+from aotrain.export.stored_tensor import StoredTensor, stored_tensors
 from aotrain.export.table import check_format, get_format
 from aotrain.formats import BLOCKWISE_1X32
 from aotrain.quantization.fused_groups import fused_groups, shared_global_scale
@@ -92,7 +93,7 @@ def export(
         dtype=job.dtype,
         layers=tuple(job.layers.values()),
         skipped=skipped,
-        bytes_before=sum(math.prod(at.shape) * at.dtype.itemsize for at in checkpoint.entries.values()),
+        bytes_before=sum(at.nbytes for at in checkpoint.entries.values()),
         bytes_after=job.bytes_after,
         verified=verify,
         notes=notes,
@@ -123,10 +124,8 @@ class _Export:
         if not isinstance(self.plan.scheme.weight, Nvfp4Scheme) or not self.plan.scheme.weight.two_level:
             return
         for group in fused_groups(self.plan.layers):
-            largest = []
-            for key in group:
-                with self.checkpoint.tensor(key) as weight:
-                    largest.append(torch.maximum(weight.amax(), -weight.amin()))
+            parts = (part for key in group for part in self.checkpoint.entries[key].parts())
+            largest = [torch.maximum(part.amax(), -part.amin()) for part in parts]
             self.global_scales |= dict.fromkeys(group, shared_global_scale(largest))
 
     def write(self, folder: Path) -> None:
@@ -137,11 +136,10 @@ class _Export:
             name = SINGLE if len(self.checkpoint.shards) == 1 else shard
             with SafetensorsWriter(folder / name, keys, metadata) as file:
                 for key in keys:
-                    stored = self._stored(key)
-                    for part, tensor in stored.items():
-                        file.add(part, tensor)
-                        self.written[part] = name
-                        self.bytes_after += tensor.nbytes
+                    layer, source = self.plan.layers.get(key), self.checkpoint.entries[key]
+                    sizes = self._write_dense(file, key, source) if layer is None else self._write(file, layer, source)
+                    self.written |= dict.fromkeys(sizes, name)
+                    self.bytes_after += sum(sizes.values())
         if len(self.checkpoint.shards) > 1:
             index = {"metadata": {"total_size": self.bytes_after}, "weight_map": dict(sorted(self.written.items()))}
             _write_json(folder / INDEX, index)
@@ -150,66 +148,90 @@ class _Export:
         self.chosen.update_config(config, self.plan)
         _write_json(folder / "config.json", config)
 
-    def _stored(self, key: str) -> dict[str, torch.Tensor]:
-        """What replaces a tensor of the source."""
-        layer = self.plan.layers.get(key)
-        with self.checkpoint.tensor(key) as tensor:
-            if layer is None:
-                return {key: self._dense(key, tensor)}
-            encoded = self._encode(key, tensor)
-            _refuse_unfit(key, tensor, lambda: decode_in_parts(self.plan.scheme.weight, encoded, tensor.dtype))
-            parts = self.chosen.pack(layer, self.plan.scheme, encoded)
-            size = sum(part.nbytes for part in parts.values())
-            self.layers[key] = LayerReport(layer.name, layer.shape, tensor.nbytes, size)
-            return parts
+    def _write(self, file: SafetensorsWriter, layer: Layer, source: StoredTensor) -> dict[str, int]:
+        """What replaces a weight; returns the bytes of each stored tensor."""
+        snapped, sizes = looks_snapped(source), dict[str, int]()
+        for part in row_parts(source.shape):
+            weight = source[part]
+            encoded = self._encode(layer.key, source, part)
+            _refuse_unfit(layer.key, weight, self.plan.scheme.weight.decode(encoded, weight.dtype) if snapped else None)
+            packed = self.chosen.pack(layer, self.plan.scheme, encoded)
+            if part.start == 0:
+                constants = self.chosen.constants(layer, self.plan.scheme, encoded.global_scale)
+                for name, tensor in constants.items():
+                    file.add(name, tensor)
+                    sizes[name] = tensor.nbytes
+                for name, rows in packed.items():
+                    shape = (entries_for(rows.shape[0], part, layer.shape[0]), *rows.shape[1:])
+                    file.begin(name, rows.dtype, shape)
+                    sizes[name] = math.prod(shape) * rows.dtype.itemsize
+            for name, rows in packed.items():
+                file.append(name, rows)
+        self.layers[layer.key] = LayerReport(layer.name, layer.shape, source.nbytes, sum(sizes.values()))
+        return sizes
 
-    def _encode(self, key: str, weight: torch.Tensor) -> Encoded:
-        return encode_in_parts(self.plan.scheme.weight, weight, self.scales.get(key), self.global_scales.get(key))
+    def _write_dense(self, file: SafetensorsWriter, key: str, source: StoredTensor) -> dict[str, int]:
+        """A tensor that stays dense; returns its bytes."""
+        dtype = self._dense_dtype(source)
+        file.begin(key, dtype, source.shape)
+        for part in source.parts():
+            file.append(key, self._dense(key, part))
+        return {key: math.prod(source.shape) * dtype.itemsize}
+
+    def _encode(self, key: str, source: StoredTensor, part: slice) -> Encoded:
+        scheme = self.plan.scheme.weight
+        return encode_part(scheme, source, part, self.scales.get(key), self.global_scales.get(key))
+
+    def _dense_dtype(self, tensor: StoredTensor | torch.Tensor) -> torch.dtype:
+        """Of a tensor that stays dense; those in a dtype of their own keep it."""
+        return self.dtype if tensor.dtype == self.source_dtype else tensor.dtype
 
     def _dense(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor that stays dense; those in a dtype of their own keep it."""
-        if tensor.dtype != self.source_dtype:
-            return tensor
-        converted = tensor.to(self.dtype)
-        if self.dtype == torch.float16 and bool(converted.isinf().any() and tensor.isfinite().all()):
+        converted = tensor.to(self._dense_dtype(tensor))
+        if converted.dtype == torch.float16 and bool((converted.isinf() & tensor.isfinite()).any()):
             raise ValueError(f"{key} has values beyond the range of float16; want dtype float32 or bfloat16.")
         return converted
 
     def verify(self, folder: Path) -> None:
         """Read all tensors back and compare them with the source's, decoded."""
-
-        def read(name: str) -> torch.Tensor:
-            if name not in self.written:
-                raise RuntimeError(f"{name} was not written")
-            with open_safetensors(folder / self.written[name]) as file:
-                return file.get_tensor(name)
-
-        for key in self.checkpoint.entries:
+        stored: dict[str, StoredTensor] = {}
+        for name in sorted(set(self.written.values())):
+            stored |= stored_tensors(folder / name)
+        missing = sorted(set(self.written) - set(stored))
+        if missing:
+            raise RuntimeError(f"{missing[0]} was not written to {folder}.")
+        for key, source in self.checkpoint.entries.items():
             layer = self.plan.layers.get(key)
-            with self.checkpoint.tensor(key) as tensor:
-                if layer is None:
-                    same = torch.equal(_bits(read(key)), _bits(self._dense(key, tensor)))
-                else:
-                    same = self._verify_layer(key, layer, tensor, self.chosen.decode(layer, self.plan.scheme, read))
+            if layer is None:
+                same = self._verify_dense(key, source, stored[key])
+            else:
+                same = self._verify_layer(layer, source, stored)
             if not same:
                 raise RuntimeError(
                     f"{key} reads back from {folder} other than it was written: the disk is faulty, or aotrain is."
                 )
 
-    def _verify_layer(self, key: str, layer: Layer, weight: torch.Tensor, served: torch.Tensor) -> bool:
+    def _verify_dense(self, key: str, source: StoredTensor, stored: StoredTensor) -> bool:
+        if (stored.shape, stored.dtype) != (source.shape, self._dense_dtype(source)):
+            return False
+        pairs = zip(source.parts(), stored.parts(), strict=True)
+        return all(torch.equal(_bits(served), _bits(self._dense(key, part))) for part, served in pairs)
+
+    def _verify_layer(self, layer: Layer, source: StoredTensor, stored: Mapping[str, StoredTensor]) -> bool:
         """Compare a layer that was read back, by parts; also its distance from the source."""
         scheme, same = self.plan.scheme.weight, True
         signal, noise = 0.0, 0.0
-        for part in row_parts(weight):
-            encoded = encode_part(scheme, weight, part, self.scales.get(key), self.global_scales.get(key))
-            same = same and torch.equal(served[part], scheme.decode(encoded, layer.dtype))
+        for part in row_parts(source.shape):
+            encoded = self._encode(layer.key, source, part)
+            served = self.chosen.decode(layer, self.plan.scheme, stored.__getitem__, part)
+            same = same and torch.equal(served, scheme.decode(encoded, layer.dtype))
             if isinstance(self.chosen, GgufGrid):
-                same = same and survives_conversion(encoded, served[part])
-            original = weight[part].float()
+                same = same and survives_conversion(encoded, served)
+            original = source[part].float()
             signal += original.square().sum().item()
-            noise += (served[part].float() - original).square().sum().item()
+            noise += (served.float() - original).square().sum().item()
         sqnr = 10 * math.log10(signal / noise) if noise else math.inf
-        self.layers[key] = replace(self.layers[key], sqnr_db=sqnr)
+        self.layers[layer.key] = replace(self.layers[layer.key], sqnr_db=sqnr)
         return same
 
     def notes(self) -> Iterator[str]:
@@ -228,11 +250,11 @@ class _Export:
             yield "scales are float32; a server that runs in bfloat16 rounds them: export with that dtype instead."
 
 
-def _refuse_unfit(key: str, weight: torch.Tensor, decoded: Any) -> None:
-    """Raise ValueError for a weight that no codes can stand for, or that codes stood for before."""
-    if not all(bool(weight[part].isfinite().all()) for part in row_parts(weight)):
+def _refuse_unfit(key: str, weight: torch.Tensor, decoded: torch.Tensor | None) -> None:
+    """Raise ValueError for rows that no codes can stand for, or, if decoded, that codes stood for before."""
+    if not bool(weight.isfinite().all()):
         raise ValueError(f"{key} has a NaN or an infinity: the training run diverged; export an earlier checkpoint.")
-    if looks_snapped(weight) and not torch.equal(decoded(), weight):
+    if decoded is not None and not torch.equal(decoded, weight):
         raise ValueError(
             f"{key} lies on a quantized grid already, and scales of its own would give it other codes: export the "
             "checkpoint from before it was converted, or pass the scales that made it as `scales`."

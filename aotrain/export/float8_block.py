@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 
 from aotrain.export.base import ExportFormat, Layer, Plan, Reader
-from aotrain.export.parts import decode_in_parts, encode_in_parts
+from aotrain.export.parts import encode_in_parts, rows_of
 from aotrain.export.selection import (
     HEAD,
     HIGH_PRECISION,
@@ -39,8 +39,9 @@ class Float8Block(ExportFormat):
     def pack(self, layer: Layer, scheme: Scheme, encoded: Encoded) -> dict[str, torch.Tensor]:
         return {layer.key: encoded.data, f"{layer.key}_scale_inv": encoded.scale}
 
-    def decode(self, layer: Layer, scheme: Scheme, read: Reader) -> torch.Tensor:
-        return decode_in_parts(scheme.weight, Encoded(read(layer.key), read(f"{layer.key}_scale_inv")), layer.dtype)
+    def decode(self, layer: Layer, scheme: Scheme, read: Reader, part: slice) -> torch.Tensor:
+        scale = rows_of(read(f"{layer.key}_scale_inv"), layer.shape[0], part)
+        return scheme.weight.decode(Encoded(read(layer.key)[part], scale), layer.dtype)
 
     def update_config(self, config: dict[str, Any], plan: Plan) -> None:
         config["quantization_config"] = {

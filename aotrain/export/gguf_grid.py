@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 from aotrain.export.base import ExportFormat, Layer, Plan, Reader
-from aotrain.export.parts import decode_in_parts
 from aotrain.quantization.schemes import Encoded, Q40Scheme, Scheme
 
 GRID_KEY = "aotrain_grid"
@@ -40,13 +39,13 @@ class GgufGrid(ExportFormat):
         return dtype or torch.float32
 
     def pack(self, layer: Layer, scheme: Scheme, encoded: Encoded) -> dict[str, torch.Tensor]:
-        values = decode_in_parts(scheme.weight, encoded, layer.dtype)
+        values = scheme.weight.decode(encoded, layer.dtype)
         if not bool(values.isfinite().all()):
             raise ValueError(f"{layer.key} has values beyond the range of {layer.dtype} on the Q4_0 grid.")
         return {layer.key: values}
 
-    def decode(self, layer: Layer, scheme: Scheme, read: Reader) -> torch.Tensor:
-        return read(layer.key)
+    def decode(self, layer: Layer, scheme: Scheme, read: Reader, part: slice) -> torch.Tensor:
+        return read(layer.key)[part]
 
     def update_config(self, config: dict[str, Any], plan: Plan) -> None:
         config[GRID_KEY] = plan.scheme.name or "q4_0"

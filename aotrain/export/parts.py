@@ -1,10 +1,12 @@
-"""Encode and decode a weight in parts of whole rows, so that temporaries stay small whatever its size.
+"""Encode a weight in parts of whole rows, so that temporaries stay small whatever its size.
 
 Schemes make float32 copies, masks and indices of what they encode, up to 50 bytes per element. Scales never span more
 than 128 rows once a two-level scheme's global scale is given, so parts of a multiple of 128 rows give the same bits.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
 
@@ -14,24 +16,47 @@ _ROWS = 128
 _ELEMENTS = 2**17
 
 
-def row_parts(weight: torch.Tensor) -> Iterator[slice]:
+class Rows(Protocol):
+    """A tensor, or one in a file: what has rows."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+    def __getitem__(self, rows: slice, /) -> torch.Tensor: ...
+
+
+def row_parts(shape: Sequence[int]) -> Iterator[slice]:
     """Slices of the rows of a matrix, each but the last of a multiple of 128 rows."""
-    rows, columns = weight.shape
-    step = max(1, _ELEMENTS // max(columns, 1) // _ROWS) * _ROWS
+    return _slices(shape, _ROWS)
+
+
+def dense_parts(shape: Sequence[int]) -> Iterator[slice]:
+    """Slices of the first dimension of a tensor, with at least one entry each."""
+    return _slices(shape, 1)
+
+
+def _slices(shape: Sequence[int], multiple: int) -> Iterator[slice]:
+    rows, columns = shape[0], math.prod(shape[1:])
+    step = max(1, _ELEMENTS // max(columns, 1) // multiple) * multiple
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
-def rows_of(per_row: torch.Tensor, rows: int, part: slice) -> torch.Tensor:
+def rows_of(per_row: Rows, rows: int, part: slice) -> torch.Tensor:
     """The part of a tensor with one entry per row, or per 128 rows, of a matrix with so many rows."""
     per_entry = 1 if per_row.shape[0] == rows else _ROWS
     return per_row[part.start // per_entry : -(-part.stop // per_entry)]
+
+
+def entries_for(count: int, part: slice, rows: int) -> int:
+    """How many entries a matrix of so many rows has, where its first part has `count`: one per row or per 128 rows."""
+    return rows if count == part.stop else -(-rows // _ROWS)
 
 
 def encode_in_parts(
     scheme: TensorScheme, weight: torch.Tensor, scale: torch.Tensor | None, global_scale: torch.Tensor | None
 ) -> Encoded:
     """What `scheme.encode` gives for a matrix, bit for bit."""
-    parts = [encode_part(scheme, weight, part, scale, global_scale) for part in row_parts(weight)]
+    parts = [encode_part(scheme, weight, part, scale, global_scale) for part in row_parts(weight.shape)]
     if len(parts) == 1:
         return parts[0]
     zero_points = [part.zero_point for part in parts if part.zero_point is not None]
@@ -44,24 +69,9 @@ def encode_in_parts(
 
 
 def encode_part(
-    scheme: TensorScheme,
-    weight: torch.Tensor,
-    part: slice,
-    scale: torch.Tensor | None,
-    global_scale: torch.Tensor | None,
+    scheme: TensorScheme, weight: Rows, part: slice, scale: torch.Tensor | None, global_scale: torch.Tensor | None
 ) -> Encoded:
     """The codes of some rows."""
     if scale is not None:
         scale = rows_of(scale, weight.shape[0], part)
     return scheme.encode(weight[part], scale=scale, global_scale=global_scale)
-
-
-def decode_in_parts(scheme: TensorScheme, encoded: Encoded, dtype: torch.dtype) -> torch.Tensor:
-    """What `scheme.decode` gives for a matrix, bit for bit."""
-    values = torch.empty(encoded.data.shape, dtype=dtype)
-    rows = encoded.data.shape[0]
-    for part in row_parts(encoded.data):
-        zero_point = None if encoded.zero_point is None else rows_of(encoded.zero_point, rows, part)
-        scale = rows_of(encoded.scale, rows, part)
-        values[part] = scheme.decode(Encoded(encoded.data[part], scale, zero_point, encoded.global_scale), dtype)
-    return values

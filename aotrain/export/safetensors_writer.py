@@ -1,18 +1,20 @@
-"""Write a safetensors file tensor by tensor, so that no more than one of them is in memory.
+"""Write a safetensors file by rows of its tensors, so that no more than some rows are in memory.
 
 The library's own `save_file` takes all tensors of a file at once, and copies them. Here space for the header is set
-aside first, tensors are appended as they come, and the header is written last, filled up with spaces, as the format
-allows. Readers map tensors in place, which needs each to start at a multiple of its element size, and the format has
-no gaps: a tensor whose size would put the next one out of step waits until the end, where they go by element size.
+aside first, then for each tensor as it is announced; rows of several tensors may come in turns, each at its own place.
+The header is written last, filled up with spaces, as the format allows. Readers map tensors in place, which needs each
+to start at a multiple of its element size, and the format has no gaps: a tensor whose size would put the next one out
+of step is kept in memory until the end, where they go by element size.
 
 Source: the format's description in the safetensors repository.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -38,6 +40,14 @@ _ENTRY = 192
 _TENSORS_PER_KEY, _SUFFIX = 4, 32
 
 
+class _Late(NamedTuple):
+    """A tensor that waits for the end."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    rows: list[torch.Tensor]
+
+
 class SafetensorsWriter:
     """An open file; use it in a `with` statement, which completes the file."""
 
@@ -56,28 +66,43 @@ class SafetensorsWriter:
         self._room = -(-room // _ALIGNMENT) * _ALIGNMENT
         self._file = path.open("xb")
         self._file.seek(8 + self._room)
-        self._late: dict[str, torch.Tensor] = {}
+        # Where the next rows of a tensor go, and what waits for the end.
+        self._next: dict[str, int] = {}
+        self._late: dict[str, _Late] = {}
         self._offset = 0
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Append a tensor of any device and strides."""
-        if tensor.nbytes % _ALIGNMENT:
-            self._late[name] = tensor
-        else:
-            self._write(name, tensor)
+        """Append a whole tensor of any device and strides."""
+        self.begin(name, tensor.dtype, tensor.shape)
+        self.append(name, tensor)
 
-    def _write(self, name: str, tensor: torch.Tensor) -> None:
-        assert name not in self._header, f"{name} twice"
-        end = self._offset + tensor.nbytes
-        self._header[name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [self._offset, end],
-        }
-        if tensor.nbytes:
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            self._file.write(flat.view(torch.uint8).numpy().data)
-        self._offset = end
+    def begin(self, name: str, dtype: torch.dtype, shape: Sequence[int]) -> None:
+        """Announce a tensor whose rows follow with `append`."""
+        assert name not in self._header and name not in self._late, f"{name} twice"
+        if math.prod(shape) * dtype.itemsize % _ALIGNMENT:
+            self._late[name] = _Late(dtype, tuple(shape), [])
+        else:
+            self._place(name, dtype, shape)
+
+    def append(self, name: str, rows: torch.Tensor) -> None:
+        """The next rows of a tensor that has begun."""
+        if name in self._late:
+            self._late[name].rows.append(rows)
+            return
+        entry, start = self._header[name], self._next[name]
+        end = start + rows.nbytes
+        assert DTYPE_NAMES[rows.dtype] == entry["dtype"], f"{name} has rows of {rows.dtype}"
+        assert end <= entry["data_offsets"][1], f"{name} has too many rows"
+        if rows.nbytes:
+            self._file.seek(8 + self._room + start)
+            self._file.write(rows.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        self._next[name] = end
+
+    def _place(self, name: str, dtype: torch.dtype, shape: Sequence[int]) -> None:
+        end = self._offset + math.prod(shape) * dtype.itemsize
+        offsets = [self._offset, end]
+        self._header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": offsets}
+        self._next[name], self._offset = self._offset, end
 
     def __enter__(self) -> "SafetensorsWriter":
         return self
@@ -92,8 +117,13 @@ class SafetensorsWriter:
             self._file.close()
 
     def _finish(self) -> None:
-        for name, tensor in sorted(self._late.items(), key=lambda item: -item[1].element_size()):
-            self._write(name, tensor)
+        late, self._late = self._late, {}
+        for name, each in sorted(late.items(), key=lambda item: -item[1].dtype.itemsize):
+            self._place(name, each.dtype, each.shape)
+            for rows in each.rows:
+                self.append(name, rows)
+        for name, end in self._next.items():
+            assert end == self._header[name]["data_offsets"][1], f"{name} misses rows"
         header = json.dumps(self._header, separators=(",", ":")).encode()
         assert len(header) <= self._room, f"a header of {len(header)} bytes in {self._room}"
         self._file.seek(0)

@@ -7,6 +7,8 @@ has been quantized before, with scales of its own, finds another scale and other
 
 import torch
 
+from aotrain.export.parts import Rows
+
 # A block of 16 has at least this many non-zero elements, or it says nothing.
 _BLOCK, _NONZERO = 16, 12
 # 2- to 4-bit symmetric grids have at most nine magnitudes (0 to 8 steps, or e2m1's eight).
@@ -15,16 +17,17 @@ _MAGNITUDES = 9
 _BLOCKS, _ROWS = 4, 64
 
 
-def looks_snapped(weight: torch.Tensor) -> bool:
+def looks_snapped(weight: Rows) -> bool:
     """Whether every block of 16 elements of a weight has as few magnitudes as 4-bit codes give.
 
     Args:
         weight: [rows, columns] floating; 64 of its rows are looked at.
     """
-    rows = weight[:: max(1, weight.shape[0] // _ROWS)][:_ROWS]
-    usable = rows.shape[1] // _BLOCK * _BLOCK
-    if rows.numel() == 0 or usable == 0:
+    count, columns = weight.shape
+    usable = columns // _BLOCK * _BLOCK
+    if count == 0 or usable == 0:
         return False
+    rows = torch.cat([weight[row : row + 1] for row in range(0, count, max(1, count // _ROWS))][:_ROWS])
     magnitudes = rows[:, :usable].float().abs().reshape(-1, _BLOCK)
     magnitudes = magnitudes[(magnitudes > 0).sum(dim=1) >= _NONZERO]
     if len(magnitudes) < _BLOCKS:

@@ -23,7 +23,7 @@ import torch
 
 from aotrain.export.base import ExportFormat, Layer, Plan, Reader
 from aotrain.export.compressed_tensors import integer_bits, is_symmetric
-from aotrain.export.parts import decode_in_parts
+from aotrain.export.parts import rows_of
 from aotrain.export.selection import is_expert
 from aotrain.formats import FLOAT8_E4M3, ROWWISE, MappingType
 from aotrain.quantization.schemes import AffineScheme, Encoded, ScaledScheme, Scheme, TensorScheme
@@ -81,13 +81,13 @@ class TorchAo(ExportFormat):
             parts[f"{stem}_zero_point"] = torch.zeros(scale.shape, dtype=torch.int8)
         return parts
 
-    def decode(self, layer: Layer, scheme: Scheme, read: Reader) -> torch.Tensor:
+    def decode(self, layer: Layer, scheme: Scheme, read: Reader, part: slice) -> torch.Tensor:
         stem = f"{layer.name}._weight"
-        data, scale = read(f"{stem}_qdata"), read(f"{stem}_scale")
+        data, scale = read(f"{stem}_qdata")[part], rows_of(read(f"{stem}_scale"), layer.shape[0], part)
         if tensor_class(scheme) == INT8:
             assert isinstance(scheme.weight, AffineScheme)
             scale = scale.to(scheme.weight.format.scale_dtype or layer.dtype)
-        return decode_in_parts(scheme.weight, Encoded(data, scale), layer.dtype)
+        return scheme.weight.decode(Encoded(data, scale), layer.dtype)
 
     def update_config(self, config: dict[str, Any], plan: Plan) -> None:
         config["quantization_config"] = {
