@@ -4,10 +4,6 @@ Inference engines concatenate the projections that read the same input, q/k/v of
 feed-forward network, and keep one NVFP4 global scale for the result: the largest of the parts'. A part that was encoded
 with a smaller one would then decode to wrong values. So training and export give all parts the scale of the group.
 
-Checkpoint formats store the divisor `1 / global_scale` in float32, and not every float32 is the reciprocal of another.
-`shared_global_scale` therefore returns `1 / (1 / s)`, each quotient rounded, which is at most one bit from s: its own
-reciprocal gives it back exactly, so what is trained is what the file holds.
-
 Source: the layers that vLLM's model definitions fuse; Llama, Mixtral, GPT-like and DeepSeek names.
 """
 
@@ -15,7 +11,7 @@ from collections.abc import Iterable
 
 import torch
 
-from aotrain.formats import nvfp4_global_scale
+from aotrain.quantization.schemes.nvfp4 import storable_global_scale
 
 # Last components of module names that are joined where they have the same parent module.
 FUSED = (
@@ -46,7 +42,7 @@ def fused_groups(names: Iterable[str]) -> list[tuple[str, ...]]:
 
 
 def shared_global_scale(amax: Iterable[torch.Tensor]) -> torch.Tensor:
-    """NVFP4 global scale of a group, float32 [1], from the largest magnitude of each member's weight.
+    """NVFP4 global scale of a group as a scheme has it, float32 [1], from the largest magnitude of each member's weight.
 
     Args:
         amax: one-element tensors of any floating dtype, on one device.
@@ -57,5 +53,4 @@ def shared_global_scale(amax: Iterable[torch.Tensor]) -> torch.Tensor:
     members = [each.detach().float().reshape(1) for each in amax]
     if not members:
         raise ValueError("shared_global_scale got no members; want the largest magnitude of at least one weight.")
-    scale = nvfp4_global_scale(torch.stack(members).amax(dim=0))
-    return scale.reciprocal().reciprocal()
+    return storable_global_scale(torch.stack(members).amax(dim=0))

@@ -45,3 +45,29 @@ def test_an_error_leaves_no_readable_file(tmp_path):
         raise KeyError
     with pytest.raises(Exception, match="header"):
         load_file(tmp_path / "x.safetensors")
+
+
+def test_rows_of_several_tensors_in_turns(tmp_path):
+    wide, late = torch.arange(24.0).reshape(4, 6), torch.arange(12, dtype=torch.int8).reshape(4, 3)
+    with SafetensorsWriter(tmp_path / "x.safetensors", ["wide", "late", "next"], {}) as file:
+        file.begin("late", late.dtype, late.shape)
+        file.begin("wide", wide.dtype, wide.shape)
+        for row in range(4):
+            file.append("wide", wide[row : row + 1])
+            file.append("late", late[row : row + 1])
+            if row == 1:
+                file.add("next", wide.t())
+    loaded = load_file(tmp_path / "x.safetensors")
+    assert torch.equal(loaded["wide"], wide)
+    assert torch.equal(loaded["late"], late)
+    assert torch.equal(loaded["next"], wide.t())
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_tensor_with_too_few_or_too_many_rows_is_no_file(tmp_path, rows: int):
+    with (
+        pytest.raises(AssertionError, match="x (misses|has too many) rows"),
+        SafetensorsWriter(tmp_path / "x.safetensors", ["x"], {}) as file,
+    ):
+        file.begin("x", torch.float32, (2, 4))
+        file.append("x", torch.ones(rows, 4))

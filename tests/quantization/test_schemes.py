@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from aotrain.formats import MappingType, integer_format
+from aotrain.formats import MappingType, integer_format, nvfp4_global_scale
 from aotrain.quantization import SCHEMES, get_scheme
+from aotrain.quantization.fused_groups import shared_global_scale
 from aotrain.quantization.schemes import AffineScheme
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -88,3 +89,20 @@ def test_shapes_that_a_scheme_cannot_take():
     assert "no multiple of the group size 32" in SCHEMES["int4-g32"].problem(8, 40)
     assert "16" in SCHEMES["nvfp4"].problem(8, 40)
     assert SCHEMES["int8"].problem(7, 13) is None
+
+
+@pytest.mark.parametrize("shape", [(48, 64), (50, 48, 64)], ids=["matrix", "experts"])
+def test_global_scales_of_nvfp4_survive_being_stored_as_reciprocals(shape: tuple[int, ...]):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape, generator=generator) * (1 + torch.rand((*shape[:-2], 1, 1), generator=generator))
+    encoded = SCHEMES["nvfp4"].weight.encode(weight)
+    assert encoded.global_scale.shape == (*shape[:-2], 1, 1)
+    assert torch.equal(encoded.global_scale.reciprocal().reciprocal(), encoded.global_scale)
+    own = nvfp4_global_scale(weight.abs().amax(dim=(-2, -1), keepdim=True))
+    assert (encoded.global_scale.view(torch.int32) - own.view(torch.int32)).abs().max() <= 1
+    if len(shape) == 3:
+        assert not torch.equal(own.reciprocal().reciprocal(), own)  # or this test says nothing
+        for expert, global_scale in zip(weight, encoded.global_scale, strict=True):
+            assert torch.equal(global_scale, shared_global_scale([expert.abs().amax()]).reshape(1, 1))
+            served = SCHEMES["nvfp4"].weight.encode(expert, global_scale=global_scale)
+            assert torch.equal(served.global_scale, global_scale)
