@@ -22,6 +22,7 @@ def export(
     format: Annotated[str, tyro.conf.arg(metavar="NAME")] = "compressed-tensors",
     exclude: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="LAYER")] = (),
     dtype: Annotated[str | None, _optional("NAME")] = None,
+    weight_dtype: Annotated[str | None, _optional("NAME")] = None,
     no_verify: bool = False,
 ) -> int:
     """Quantize the linear layers of a dense checkpoint, write it for a server, read it back and compare.
@@ -35,11 +36,14 @@ def export(
         exclude: keep these layers dense: patterns of module names such as "model.layers.0.*". May be repeated; lm_head
             is always kept.
         dtype: float32, bfloat16 or float16: of the model when it is served. Default: that of the source.
+        weight_dtype: in which training quantized the weights, where layers got copies of float32 masters: bfloat16 for
+            FSDP2 with mixed precision and for torchtitan. Default: as they are in the source.
         no_verify: do not read back what was written.
     """
-    if dtype is not None and dtype not in _DTYPES:
-        print(f"error: --dtype got {dtype}; want one of {', '.join(_DTYPES)}", file=sys.stderr)
-        return 2
+    for option, name in (("--dtype", dtype), ("--weight-dtype", weight_dtype)):
+        if name is not None and name not in _DTYPES:
+            print(f"error: {option} got {name}; want one of {', '.join(_DTYPES)}", file=sys.stderr)
+            return 2
     import torch
 
     from aotrain.export import export as run
@@ -52,6 +56,7 @@ def export(
             format=format,
             exclude=("lm_head", *exclude),
             dtype=None if dtype is None else getattr(torch, dtype),
+            weight_dtype=None if weight_dtype is None else getattr(torch, weight_dtype),
             verify=not no_verify,
         )
     except (ValueError, ImportError, OSError) as error:

@@ -20,7 +20,7 @@ from aotrain.export.base import ExportFormat, Layer, Plan
 from aotrain.export.checkpoint import INDEX, PICKLED, SINGLE, Checkpoint
 from aotrain.export.compressed_tensors import FLOAT, weight_layout
 from aotrain.export.gguf_grid import GgufGrid, survives_conversion
-from aotrain.export.parts import encode_part, entries_for, row_parts
+from aotrain.export.parts import entries_for, row_parts, rows_of
 from aotrain.export.planning import make_plan
 from aotrain.export.report import ExportReport, LayerReport
 from aotrain.export.safetensors_writer import SafetensorsWriter
@@ -46,6 +46,7 @@ def export(
     format: str = "compressed-tensors",
     exclude: Sequence[str] = ("lm_head",),
     dtype: torch.dtype | None = None,
+    weight_dtype: torch.dtype | None = None,
     scales: Mapping[str, torch.Tensor] | None = None,
     verify: bool = True,
 ) -> ExportReport:
@@ -58,8 +59,11 @@ def export(
         scheme: name or scheme, that of training.
         format: `compressed-tensors`, `torchao`, `gguf-grid` or `float8-block`; docs/export.md says which carries what.
         exclude: fnmatch patterns of module names that stay dense; embeddings, norms and routers always do.
-        dtype: of the model when it is served, and of scales of integer codes; None: that of the source's weights,
-            float32 for gguf-grid. Train with `get_scheme(name, scale_dtype=dtype)` where it is not the weights' own.
+        dtype: of the model when it is served, and of scales of integer codes; None: `weight_dtype`, or that of the
+            source's weights, float32 for gguf-grid. Train with `get_scheme(name, scale_dtype=dtype)` where it is not
+            the weights' own.
+        weight_dtype: in which training quantized, where layers got a copy of the masters in another dtype, as under
+            FSDP2 with `param_dtype`: weights are converted to it before they are encoded. None: as they are.
         scales: scales by weight key to use in place of those of the weights, where training learned them.
         verify: read everything back and compare.
 
@@ -73,13 +77,13 @@ def export(
     chosen, scheme = get_format(format), get_scheme(scheme)
     check_format(chosen, scheme)
     checkpoint = Checkpoint(source)
-    plan, source_dtype, skipped = make_plan(checkpoint, scheme, chosen, exclude, dtype)
+    plan, source_dtype, skipped = make_plan(checkpoint, scheme, chosen, exclude, dtype, weight_dtype)
     unknown = sorted(set(scales or {}) - set(plan.layers))
     if unknown:
         raise ValueError(f"export got scales for {', '.join(unknown[:5])}, which it does not quantize.")
     if destination.exists():
         raise ValueError(f"{destination} exists; want a new folder: remove it, or name another.")
-    job = _Export(checkpoint, plan, chosen, source_dtype, dict(scales or {}))
+    job = _Export(checkpoint, plan, chosen, source_dtype, weight_dtype, dict(scales or {}))
     job.share_global_scales()
     with _appears_whole(destination) as folder:
         job.write(folder)
@@ -108,6 +112,8 @@ class _Export:
     plan: Plan
     chosen: ExportFormat
     source_dtype: torch.dtype
+    # In which weights are encoded, if not as they are.
+    weight_dtype: torch.dtype | None
     scales: dict[str, torch.Tensor]
     global_scales: dict[str, torch.Tensor] = field(default_factory=dict)
     layers: dict[str, LayerReport] = field(default_factory=dict)
@@ -124,7 +130,7 @@ class _Export:
         if not isinstance(self.plan.scheme.weight, Nvfp4Scheme) or not self.plan.scheme.weight.two_level:
             return
         for group in fused_groups(self.plan.layers):
-            parts = (part for key in group for part in self.checkpoint.entries[key].parts())
+            parts = (self._weight(part) for key in group for part in self.checkpoint.entries[key].parts())
             largest = [torch.maximum(part.amax(), -part.amin()) for part in parts]
             self.global_scales |= dict.fromkeys(group, shared_global_scale(largest))
 
@@ -152,8 +158,8 @@ class _Export:
         """What replaces a weight; returns the bytes of each stored tensor."""
         snapped, sizes = looks_snapped(source), dict[str, int]()
         for part in row_parts(source.shape):
-            weight = source[part]
-            encoded = self._encode(layer.key, source, part)
+            weight = self._weight(source[part])
+            encoded = self._encode(layer.key, weight, part, layer.shape[0])
             _refuse_unfit(layer.key, weight, self.plan.scheme.weight.decode(encoded, weight.dtype) if snapped else None)
             packed = self.chosen.pack(layer, self.plan.scheme, encoded)
             if part.start == 0:
@@ -178,9 +184,15 @@ class _Export:
             file.append(key, self._dense(key, part))
         return {key: math.prod(source.shape) * dtype.itemsize}
 
-    def _encode(self, key: str, source: StoredTensor, part: slice) -> Encoded:
-        scheme = self.plan.scheme.weight
-        return encode_part(scheme, source, part, self.scales.get(key), self.global_scales.get(key))
+    def _weight(self, weight: torch.Tensor) -> torch.Tensor:
+        """Rows of a weight as training saw them."""
+        return weight if self.weight_dtype is None else weight.to(self.weight_dtype)
+
+    def _encode(self, key: str, weight: torch.Tensor, part: slice, rows: int) -> Encoded:
+        """Codes of a part of so many rows."""
+        scale = self.scales.get(key)
+        scale = None if scale is None else rows_of(scale, rows, part)
+        return self.plan.scheme.weight.encode(weight, scale=scale, global_scale=self.global_scales.get(key))
 
     def _dense_dtype(self, tensor: StoredTensor | torch.Tensor) -> torch.dtype:
         """Of a tensor that stays dense; those in a dtype of their own keep it."""
@@ -222,12 +234,13 @@ class _Export:
         scheme, same = self.plan.scheme.weight, True
         signal, noise = 0.0, 0.0
         for part in row_parts(source.shape):
-            encoded = self._encode(layer.key, source, part)
+            weight = self._weight(source[part])
+            encoded = self._encode(layer.key, weight, part, layer.shape[0])
             served = self.chosen.decode(layer, self.plan.scheme, stored.__getitem__, part)
             same = same and torch.equal(served, scheme.decode(encoded, layer.dtype))
             if isinstance(self.chosen, GgufGrid):
                 same = same and survives_conversion(encoded, served)
-            original = source[part].float()
+            original = weight.float()
             signal += original.square().sum().item()
             noise += (served.float() - original).square().sum().item()
         sqnr = 10 * math.log10(signal / noise) if noise else math.inf

@@ -56,7 +56,10 @@ def encode_in_parts(
     scheme: TensorScheme, weight: torch.Tensor, scale: torch.Tensor | None, global_scale: torch.Tensor | None
 ) -> Encoded:
     """What `scheme.encode` gives for a matrix, bit for bit."""
-    parts = [encode_part(scheme, weight, part, scale, global_scale) for part in row_parts(weight.shape)]
+    rows, parts = weight.shape[0], []
+    for part in row_parts(weight.shape):
+        own = None if scale is None else rows_of(scale, rows, part)
+        parts.append(scheme.encode(weight[part], scale=own, global_scale=global_scale))
     if len(parts) == 1:
         return parts[0]
     zero_points = [part.zero_point for part in parts if part.zero_point is not None]
@@ -66,12 +69,3 @@ def encode_in_parts(
         torch.cat(zero_points) if zero_points else None,
         parts[0].global_scale,
     )
-
-
-def encode_part(
-    scheme: TensorScheme, weight: Rows, part: slice, scale: torch.Tensor | None, global_scale: torch.Tensor | None
-) -> Encoded:
-    """The codes of some rows."""
-    if scale is not None:
-        scale = rows_of(scale, weight.shape[0], part)
-    return scheme.encode(weight[part], scale=scale, global_scale=global_scale)

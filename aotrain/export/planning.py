@@ -31,6 +31,7 @@ def make_plan(
     chosen: ExportFormat,
     exclude: Sequence[str],
     dtype: torch.dtype | None,
+    weight_dtype: torch.dtype | None,
 ) -> tuple[Plan, torch.dtype, tuple[tuple[str, str], ...]]:
     """The plan, the dtype of the source's weights, and (name, reason) of matrices that stay dense.
 
@@ -54,9 +55,10 @@ def make_plan(
             f"{HEAD!r} in exclude."
         )
     source_dtype = Counter(checkpoint.entries[key].dtype for key in keys).most_common(1)[0][0]
-    served = chosen.served_dtype(source_dtype, dtype)
-    if served not in HIGH_PRECISION:
-        raise ValueError(f"export got dtype {served}; want float32, bfloat16 or float16.")
+    served = chosen.served_dtype(weight_dtype or source_dtype, dtype)
+    for name, given in (("weight_dtype", weight_dtype or served), ("dtype", served)):
+        if given not in HIGH_PRECISION:
+            raise ValueError(f"export got {name} {given}; want float32, bfloat16 or float16.")
     scheme = _with_stored_scales(scheme, served)
     _check_shapes({key: shapes[key] for key in keys}, scheme)
     layers = {key: Layer(module_name(key), _matrix(shapes[key]), served) for key in keys}

@@ -78,7 +78,8 @@ class SafetensorsWriter:
 
     def begin(self, name: str, dtype: torch.dtype, shape: Sequence[int]) -> None:
         """Announce a tensor whose rows follow with `append`."""
-        assert name not in self._header and name not in self._late, f"{name} twice"
+        assert name not in self._header, f"{name} twice"
+        assert name not in self._late, f"{name} twice"
         if math.prod(shape) * dtype.itemsize % _ALIGNMENT:
             self._late[name] = _Late(dtype, tuple(shape), [])
         else:

@@ -1,8 +1,8 @@
 """A tensor in a safetensors file, read by rows.
 
 The library maps a file into memory, and every page that was looked at counts as memory of the process until the mapping
-goes: all of an embedding of half a gigabyte, where a few rows of it would do. So the library checks a file's header here,
-and rows are read as a file is read.
+goes: all of an embedding of half a gigabyte, where a few rows of it would do. So the library checks a file's header
+here, and rows are read as a file is read.
 
 Source: the format's description in the safetensors repository.
 """

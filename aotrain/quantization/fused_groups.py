@@ -42,7 +42,7 @@ def fused_groups(names: Iterable[str]) -> list[tuple[str, ...]]:
 
 
 def shared_global_scale(amax: Iterable[torch.Tensor]) -> torch.Tensor:
-    """NVFP4 global scale of a group as a scheme has it, float32 [1], from the largest magnitude of each member's weight.
+    """NVFP4 global scale of a group, float32 [1], from the largest magnitude of each member's weight.
 
     Args:
         amax: one-element tensors of any floating dtype, on one device.

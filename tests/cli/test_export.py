@@ -26,8 +26,9 @@ def test_export_and_its_report(tmp_path, capsys):
     [
         (["--scheme", "int4g32"], "error: get_scheme got 'int4g32'; did you mean 'int4-g32'"),
         (["--scheme", "int4-g32", "--dtype", "fp16"], "error: --dtype got fp16"),
+        (["--scheme", "int4-g32", "--weight-dtype", "bf16"], "error: --weight-dtype got bf16"),
     ],
-    ids=["scheme", "dtype"],
+    ids=["scheme", "dtype", "weight dtype"],
 )
 def test_mistakes_are_errors_that_write_nothing(tmp_path, capsys, arguments: list[str], message: str):
     source = write(tmp_path / "in", tensors_of())

@@ -66,6 +66,21 @@ def test_masters_are_encoded_as_they_are_with_scales_in_the_served_dtype(tmp_pat
     assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
 
 
+@pytest.mark.parametrize("scheme", ["int4-g32", "nvfp4", "fp8"])
+def test_masters_are_encoded_in_the_dtype_in_which_layers_saw_them(tmp_path, scheme: str):
+    tensors = tensors_of(dtype=torch.float32)
+    source = write(tmp_path / "in", tensors)
+    report = export(source, tmp_path / "out", scheme=scheme, weight_dtype=torch.bfloat16)
+    assert (report.verified, report.dtype) == (True, torch.bfloat16)
+    rounded = {key: tensor.bfloat16() for key, tensor in tensors.items()}
+    export(write(tmp_path / "rounded", rounded), tmp_path / "same", scheme=scheme)
+    export(source, tmp_path / "other", scheme=scheme, dtype=torch.bfloat16)
+    out, same, other = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "same", "other"))
+    assert out.keys() == same.keys()
+    assert all(torch.equal(out[key].view(torch.uint8), same[key].view(torch.uint8)) for key in out)
+    assert not all(torch.equal(out[key].view(torch.uint8), other[key].view(torch.uint8)) for key in out)
+
+
 def test_learned_scales_are_used(tmp_path):
     tensors = tensors_of(1)
     key = "model.layers.0.mlp.down_proj.weight"
@@ -123,6 +138,7 @@ def asymmetric() -> Scheme:
         ({"scheme": "int4-g32", "format": "float8-block"}, "fp8-block only"),
         ({"scheme": "q4_0", "format": "gguf-grid", "dtype": torch.bfloat16}, "rounds the scales of Q4_0"),
         ({"scheme": "int4-g32", "dtype": torch.float64}, "want float32, bfloat16 or float16"),
+        ({"scheme": "int4-g32", "weight_dtype": torch.int8}, "weight_dtype torch.int8; want float32"),
         ({"scheme": get_scheme("int4-g32", torch.float32)}, "servers round scales"),
         ({"scheme": "int4-g32", "exclude": ("*",)}, "no linear layer"),
         ({"scheme": "int4-g32", "exclude": ("lm_head", "*.0.*q_proj")}, "part of 1 groups"),
