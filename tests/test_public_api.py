@@ -267,7 +267,15 @@ PUBLIC = {
         "share_global_scales",
         "unprepare_moe_qat",
     ],
-    "aotrain.export": ["FORMATS", "ExportReport", "LayerReport", "export", "float8_block_weights", "formats_for"],
+    "aotrain.export": [
+        "FORMATS",
+        "ExportReport",
+        "LayerReport",
+        "describe_export",
+        "export",
+        "float8_block_weights",
+        "formats_for",
+    ],
     "aotrain.kernels": [
         "Nvfp4Operand",
         "RowPermutation",

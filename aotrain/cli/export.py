@@ -24,6 +24,7 @@ def export(
     dtype: Annotated[str | None, _optional("NAME")] = None,
     weight_dtype: Annotated[str | None, _optional("NAME")] = None,
     no_verify: bool = False,
+    check: bool = False,
 ) -> int:
     """Quantize the linear layers of a dense checkpoint, write it for a server, read it back and compare.
 
@@ -39,6 +40,7 @@ def export(
         weight_dtype: in which training quantized the weights, where layers got copies of float32 masters: bfloat16 for
             FSDP2 with mixed precision and for torchtitan. Default: as they are in the source.
         no_verify: do not read back what was written.
+        check: write nothing; say what servers will see, and what would be refused. DESTINATION is not looked at.
     """
     for option, name in (("--dtype", dtype), ("--weight-dtype", weight_dtype)):
         if name is not None and name not in _DTYPES:
@@ -46,19 +48,18 @@ def export(
             return 2
     import torch
 
+    from aotrain.export import describe_export
     from aotrain.export import export as run
 
+    options: dict[str, Any] = {
+        "scheme": scheme,
+        "format": format,
+        "exclude": ("lm_head", *exclude),
+        "dtype": None if dtype is None else getattr(torch, dtype),
+        "weight_dtype": None if weight_dtype is None else getattr(torch, weight_dtype),
+    }
     try:
-        report = run(
-            source,
-            destination,
-            scheme=scheme,
-            format=format,
-            exclude=("lm_head", *exclude),
-            dtype=None if dtype is None else getattr(torch, dtype),
-            weight_dtype=None if weight_dtype is None else getattr(torch, weight_dtype),
-            verify=not no_verify,
-        )
+        report = describe_export(source, **options) if check else run(source, destination, **options, verify=not no_verify)
     except (ValueError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

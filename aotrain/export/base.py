@@ -61,6 +61,10 @@ class ExportFormat(ABC):
     def refusal(self, scheme: Scheme) -> str | None:
         """Why the format cannot carry a scheme, with the remedy; None when it can."""
 
+    @abstractmethod
+    def server_view(self, scheme: Scheme) -> str:
+        """What readers call the scheme, and which of their classes takes it; of a scheme that the format carries."""
+
     def refusal_of_plan(self, plan: Plan) -> str | None:
         """Why the format's readers would get this checkpoint wrong; None when they do not."""
         return None

@@ -18,6 +18,7 @@ convention of everything else here. Linear layers that stay dense are named in `
 Source: the layouts of compressed-tensors 0.20 and of vLLM's readers.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -66,6 +67,16 @@ class CompressedTensors(ExportFormat):
                 "is the symmetric one, or use format torchao"
             )
         return problem
+
+    def server_view(self, scheme: Scheme) -> str:
+        weights = _weight_arguments(scheme.weight)
+        kind = {"int": "int", "float": "fp"}[weights["type"]]
+        inputs = None if scheme.activation is None else _activation_arguments(scheme.activation)
+        taken = "W" + str(weights["num_bits"]) + "A" + ("16" if inputs is None else str(inputs["num_bits"]))
+        layer = f"{kind}{weights['num_bits']} {_strategy(weights)} weights"
+        layer += "" if inputs is None else f", {kind}{inputs['num_bits']} {_strategy(inputs)} activations"
+        reader = _vllm_class(scheme)
+        return f"compressed-tensors {weight_layout(scheme)} {taken}, {layer}; vLLM: {reader or 'no scheme for it'}"
 
     def refusal_of_plan(self, plan: Plan) -> str | None:
         wrong = _EXPERTS.get(weight_layout(plan.scheme) or "")
@@ -134,6 +145,31 @@ class CompressedTensors(ExportFormat):
             "kv_cache_scheme": None,
             "config_groups": {"group_0": group},
         }
+
+
+def _strategy(arguments: Mapping[str, Any]) -> str:
+    """The strategy of weights or activations, with the size of a group."""
+    strategy, size = arguments["strategy"], arguments["group_size"]
+    return strategy if size is None else f"{strategy} {size}"
+
+
+def _vllm_class(scheme: Scheme) -> str | None:
+    """Class of vLLM 0.32 that takes a scheme; None if none does."""
+    layout, inputs = weight_layout(scheme), scheme.activation
+    if layout == PACKED:
+        if inputs is None:
+            return "CompressedTensorsWNA16"
+        assert isinstance(inputs, AffineScheme)
+        return f"CompressedTensorsWNA{integer_bits(inputs)}Int"
+    if layout == INTEGER:
+        return None if inputs is None else "CompressedTensorsW8A8Int8"
+    if layout == FLOAT:
+        return "CompressedTensorsW8A16Fp8" if inputs is None else "CompressedTensorsW8A8Fp8"
+    return {
+        NVFP4: "CompressedTensorsW4A4Fp4, without quantized activations",
+        MXFP4: "CompressedTensorsW4A4Mxfp4",
+        MXFP8: "CompressedTensorsW8A8Mxfp8",
+    }.get(layout or "")
 
 
 def weight_layout(scheme: Scheme) -> str | None:

@@ -36,6 +36,9 @@ class Float8Block(ExportFormat):
     def refusal(self, scheme: Scheme) -> str | None:
         return None if scheme.weight == _BLOCKS else "float8-block carries the scheme fp8-block only"
 
+    def server_view(self, scheme: Scheme) -> str:
+        return "quant_method fp8, e4m3 in blocks of 128 x 128, dynamic activations; vLLM: Fp8LinearMethod"
+
     def pack(self, layer: Layer, scheme: Scheme, encoded: Encoded) -> dict[str, torch.Tensor]:
         return {layer.key: encoded.data, f"{layer.key}_scale_inv": encoded.scale}
 

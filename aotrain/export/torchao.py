@@ -65,6 +65,9 @@ class TorchAo(ExportFormat):
             )
         return None
 
+    def server_view(self, scheme: Scheme) -> str:
+        return f"torchao {_configuration(scheme)['_type']}, weights are {tensor_class(scheme)}"
+
     def refusal_of_plan(self, plan: Plan) -> str | None:
         if any(map(is_expert, plan.layers)):
             return (

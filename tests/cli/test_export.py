@@ -35,3 +35,12 @@ def test_mistakes_are_errors_that_write_nothing(tmp_path, capsys, arguments: lis
     assert run(source, tmp_path / "out", *arguments) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_check_writes_nothing(tmp_path, capsys):
+    source = write(tmp_path / "in", tensors_of())
+    assert run(source, tmp_path / "out", "--scheme", "nvfp4", "--check") == 0
+    output = capsys.readouterr().out
+    assert "vLLM: CompressedTensorsW4A4Fp4" in output
+    assert "self_attn: q_proj + k_proj (2 groups)" in output
+    assert not (tmp_path / "out").exists()

@@ -53,6 +53,14 @@ def describe(recipe: Recipe) -> str:
     report = prepare_low_precision(model, recipe)
     if report is not None:
         lines.append(str(report))
+    if recipe.export is not None and recipe.quantize is not None:
+        from aotrain.export.description import served_lines
+        from aotrain.export.table import get_format
+        from aotrain.quantization import get_scheme
+
+        names = [name for name, _, _ in _weights(_meta_model(recipe), embeddings=False)]
+        kept = [name for name in names if not is_excluded(name, recipe.quantize.exclude)]
+        lines += served_lines(get_scheme(recipe.quantize.scheme), get_format(recipe.export.format), kept)
     return "\n".join(lines)
 
 

@@ -41,7 +41,10 @@ def test_the_table_of_formats_is_that_of_the_exporter():
 
 def test_trained_converted_and_served_are_the_same_bits(tmp_path, capsys):
     recipe = load(tmp_path)
-    assert "QAT int2-g32: converted 7 layers, skipped 1 (1 excluded)" in describe(recipe)
+    described = describe(recipe)
+    assert "QAT int2-g32: converted 7 layers, skipped 1 (1 excluded)" in described
+    assert "pack-quantized W2A16, int2 group 32 weights; vLLM: CompressedTensorsWNA16" in described
+    assert "self_attn: q_proj + k_proj + v_proj (1 group)\n  mlp: gate_proj + up_proj (1 group)" in described
     summary = run(recipe)
     nll = summary["nll"]
     assert set(nll) == {"qat", "control", "control_rounded", "exported"}
