@@ -59,9 +59,11 @@ def export(
         "weight_dtype": None if weight_dtype is None else getattr(torch, weight_dtype),
     }
     try:
-        report = describe_export(source, **options) if check else run(source, destination, **options, verify=not no_verify)
+        if check:
+            print(describe_export(source, **options))
+        else:
+            print(run(source, destination, **options, verify=not no_verify))
     except (ValueError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(report)
     return 0
