@@ -34,7 +34,7 @@ UNWANTED = ["torchvision", "torchaudio", "torchcodec"]
 SCHEMES = ("", "int4-g32", "int8", "fp8")
 # How far perplexities may be apart, as a fraction.
 BOUND = 0.001
-WINDOW, WINDOWS = 256, 24
+WINDOW, WINDOWS = 255, 24
 SERVE = """
 import json, math, sys
 from vllm import LLM, SamplingParams

@@ -21,6 +21,7 @@ def export(
     scheme: Annotated[str, tyro.conf.arg(metavar="NAME")],
     format: Annotated[str, tyro.conf.arg(metavar="NAME")] = "compressed-tensors",
     exclude: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="LAYER")] = (),
+    embeddings: bool = False,
     dtype: Annotated[str | None, _optional("NAME")] = None,
     weight_dtype: Annotated[str | None, _optional("NAME")] = None,
     no_verify: bool = False,
@@ -36,6 +37,7 @@ def export(
         format: compressed-tensors, torchao, gguf-grid (scheme q4_0) or float8-block (scheme fp8-block).
         exclude: keep these layers dense: patterns of module names such as "model.layers.0.*". May be repeated; lm_head
             is always kept.
+        embeddings: quantize the embedding of tokens too, as training did: formats torchao and gguf-grid.
         dtype: float32, bfloat16 or float16: of the model when it is served. Default: that of the source.
         weight_dtype: in which training quantized the weights, where layers got copies of float32 masters: bfloat16 for
             FSDP2 with mixed precision and for torchtitan. Default: as they are in the source.
@@ -55,6 +57,7 @@ def export(
         "scheme": scheme,
         "format": format,
         "exclude": ("lm_head", *exclude),
+        "embeddings": embeddings,
         "dtype": None if dtype is None else getattr(torch, dtype),
         "weight_dtype": None if weight_dtype is None else getattr(torch, weight_dtype),
     }

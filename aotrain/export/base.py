@@ -16,17 +16,19 @@ Reader = Callable[[str], Rows]
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A linear layer that is exported quantized.
+    """A linear layer, or an embedding, that is exported quantized.
 
     Attributes:
         name: of the module; its weight's key is `name.weight`.
-        shape: (out_features, in_features).
+        shape: (out_features, in_features), or (num_embeddings, embedding_dim).
         dtype: of the model when it is served: what weights decode to.
+        embedding: whether it is one.
     """
 
     name: str
     shape: tuple[int, int]
     dtype: torch.dtype
+    embedding: bool = False
 
     @property
     def key(self) -> str:
@@ -60,6 +62,10 @@ class ExportFormat(ABC):
     @abstractmethod
     def refusal(self, scheme: Scheme) -> str | None:
         """Why the format cannot carry a scheme, with the remedy; None when it can."""
+
+    def refusal_of_embeddings(self, scheme: Scheme) -> str | None:
+        """Why the format's readers take no quantized embeddings; None when they do."""
+        return "its readers keep embeddings dense"
 
     @abstractmethod
     def server_view(self, scheme: Scheme) -> str:

@@ -68,6 +68,12 @@ class CompressedTensors(ExportFormat):
             )
         return problem
 
+    def refusal_of_embeddings(self, scheme: Scheme) -> str | None:
+        return (
+            "transformers 5.23 loads packed embeddings and then finds no weight in them, and vLLM 0.32 reads them on "
+            "GPUs only, which was not tried"
+        )
+
     def server_view(self, scheme: Scheme) -> str:
         weights = _weight_arguments(scheme.weight)
         kind = {"int": "int", "float": "fp"}[weights["type"]]

@@ -8,6 +8,7 @@ import torch
 from aotrain.export.base import ExportFormat
 from aotrain.export.checkpoint import Checkpoint
 from aotrain.export.planning import make_plan
+from aotrain.export.report import layers_text
 from aotrain.export.selection import module_name
 from aotrain.export.table import check_format, get_format
 from aotrain.quantization.fused_groups import FUSED, fused_groups
@@ -23,6 +24,7 @@ def describe_export(
     scheme: str | Scheme,
     format: str = "compressed-tensors",
     exclude: Sequence[str] = ("lm_head",),
+    embeddings: bool = False,
     dtype: torch.dtype | None = None,
     weight_dtype: torch.dtype | None = None,
 ) -> str:
@@ -38,11 +40,12 @@ def describe_export(
     chosen, scheme = get_format(format), get_scheme(scheme)
     check_format(chosen, scheme)
     checkpoint = Checkpoint(Path(source).expanduser())
-    plan, _, skipped = make_plan(checkpoint, scheme, chosen, exclude, dtype, weight_dtype)
+    plan, _, skipped = make_plan(checkpoint, scheme, chosen, exclude, dtype, weight_dtype, embeddings=embeddings)
     served = next(iter(plan.layers.values())).dtype
+    tables = sum(layer.embedding for layer in plan.layers.values())
     lines = [
-        f"{source}: {len(plan.layers)} linear layers as {scheme.name or scheme}, {chosen.name}, served in "
-        f"{str(served).removeprefix('torch.')}; {len(skipped)} matrices stay dense",
+        f"{source}: {layers_text(len(plan.layers) - tables, tables)} as {scheme.name or scheme}, {chosen.name}, served "
+        f"in {str(served).removeprefix('torch.')}; {len(skipped)} matrices stay dense",
         *served_lines(scheme, chosen, map(module_name, plan.layers)),
     ]
     return "\n".join(lines)

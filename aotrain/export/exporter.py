@@ -45,6 +45,7 @@ def export(
     scheme: str | Scheme,
     format: str = "compressed-tensors",
     exclude: Sequence[str] = ("lm_head",),
+    embeddings: bool = False,
     dtype: torch.dtype | None = None,
     weight_dtype: torch.dtype | None = None,
     scales: Mapping[str, torch.Tensor] | None = None,
@@ -58,7 +59,9 @@ def export(
         destination: folder to write; must not exist.
         scheme: name or scheme, that of training.
         format: `compressed-tensors`, `torchao`, `gguf-grid` or `float8-block`; docs/export.md says which carries what.
-        exclude: fnmatch patterns of module names that stay dense; embeddings, norms and routers always do.
+        exclude: fnmatch patterns of module names that stay dense; norms and routers always do.
+        embeddings: quantize the embedding of tokens too, as `prepare_qat(model, scheme, embeddings=True)` trains it;
+            where the format's readers take it.
         dtype: of the model when it is served, and of scales of integer codes; None: `weight_dtype`, or that of the
             source's weights, float32 for gguf-grid. Train with `get_scheme(name, scale_dtype=dtype)` where it is not
             the weights' own.
@@ -77,7 +80,9 @@ def export(
     chosen, scheme = get_format(format), get_scheme(scheme)
     check_format(chosen, scheme)
     checkpoint = Checkpoint(source)
-    plan, source_dtype, skipped = make_plan(checkpoint, scheme, chosen, exclude, dtype, weight_dtype)
+    plan, source_dtype, skipped = make_plan(
+        checkpoint, scheme, chosen, exclude, dtype, weight_dtype, embeddings=embeddings
+    )
     unknown = sorted(set(scales or {}) - set(plan.layers))
     if unknown:
         raise ValueError(f"export got scales for {', '.join(unknown[:5])}, which it does not quantize.")
@@ -173,7 +178,9 @@ class _Export:
                     sizes[name] = math.prod(shape) * rows.dtype.itemsize
             for name, rows in packed.items():
                 file.append(name, rows)
-        self.layers[layer.key] = LayerReport(layer.name, layer.shape, source.nbytes, sum(sizes.values()))
+        self.layers[layer.key] = LayerReport(
+            layer.name, layer.shape, source.nbytes, sum(sizes.values()), embedding=layer.embedding
+        )
         return sizes
 
     def _write_dense(self, file: SafetensorsWriter, key: str, source: StoredTensor) -> dict[str, int]:
@@ -250,6 +257,8 @@ class _Export:
     def notes(self) -> Iterator[str]:
         """What readers of the files need."""
         weight = self.plan.scheme.weight
+        if isinstance(self.chosen, GgufGrid) and any(layer.embedding for layer in self.plan.layers.values()):
+            yield "llama-quantize stores the embedding in another format unless told --token-embedding-type q4_0."
         in_blocks = isinstance(weight, ScaledScheme) and weight.scaling.block == BLOCKWISE_1X32
         small = in_blocks or isinstance(weight, Nvfp4Scheme)
         if self.chosen.name == "compressed-tensors" and small and self.dtype != torch.bfloat16:

@@ -31,6 +31,9 @@ class GgufGrid(ExportFormat):
     def refusal(self, scheme: Scheme) -> str | None:
         return None if isinstance(scheme.weight, Q40Scheme) else "gguf-grid carries the scheme q4_0 only"
 
+    def refusal_of_embeddings(self, scheme: Scheme) -> str | None:
+        return None
+
     def server_view(self, scheme: Scheme) -> str:
         return "a dense model; convert_hf_to_gguf.py, then llama-quantize Q4_0, which loses nothing"
 

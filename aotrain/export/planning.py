@@ -14,6 +14,7 @@ from aotrain.export.selection import (
     HIGH_PRECISION,
     is_stacked_experts,
     is_tied,
+    is_token_embedding,
     module_name,
     reason_to_skip,
     refuse_stacked_experts,
@@ -32,6 +33,8 @@ def make_plan(
     exclude: Sequence[str],
     dtype: torch.dtype | None,
     weight_dtype: torch.dtype | None,
+    *,
+    embeddings: bool,
 ) -> tuple[Plan, torch.dtype, tuple[tuple[str, str], ...]]:
     """The plan, the dtype of the source's weights, and (name, reason) of matrices that stay dense.
 
@@ -43,12 +46,17 @@ def make_plan(
     shapes = {key: at.shape for key, at in checkpoint.entries.items()}
     refuse_stacked_experts([key for key, shape in shapes.items() if is_stacked_experts(key, shape, exclude)])
     reasons = {key: reason_to_skip(key, shape, exclude) for key, shape in shapes.items()}
+    tied = is_tied(checkpoint.config, checkpoint.entries)
+    tables = []
+    if embeddings:
+        tables = [key for key, shape in shapes.items() if is_token_embedding(key, shape, exclude)]
+        _refuse_embeddings(checkpoint, chosen, scheme, reasons, tables, tied=tied)
+        reasons |= dict.fromkeys(tables)
     keys = [key for key, reason in reasons.items() if reason is None]
     if not keys:
         raise ValueError(f"{checkpoint.folder} has no linear layer to quantize; exclude={tuple(exclude)} leaves none.")
     _refuse_idle_patterns(exclude, reasons)
     _refuse_split_groups(reasons)
-    tied = is_tied(checkpoint.config, checkpoint.entries)
     if tied and not any(fnmatch.fnmatchcase(HEAD, pattern) for pattern in exclude):
         raise ValueError(
             f"{checkpoint.folder} ties {HEAD} to the embedding, and servers keep one dense tensor for both: leave "
@@ -61,7 +69,7 @@ def make_plan(
             raise ValueError(f"export got {name} {given}; want float32, bfloat16 or float16.")
     scheme = _with_stored_scales(scheme, served)
     _check_shapes({key: shapes[key] for key in keys}, scheme)
-    layers = {key: Layer(module_name(key), _matrix(shapes[key]), served) for key in keys}
+    layers = {key: Layer(module_name(key), _matrix(shapes[key]), served, key in tables) for key in keys}
     ignored = [module_name(key) for key, reason in reasons.items() if reason in _NAMED_REASONS]
     ignored += [HEAD] if tied and HEAD not in ignored else []
     plan = Plan(scheme, layers, tuple(ignored), tuple(checkpoint.entries))
@@ -72,6 +80,36 @@ def make_plan(
         (module_name(key), reason) for key, reason in reasons.items() if reason is not None and len(shapes[key]) >= 2
     ]
     return plan, source_dtype, tuple(skipped)
+
+
+def _refuse_embeddings(
+    checkpoint: Checkpoint,
+    chosen: ExportFormat,
+    scheme: Scheme,
+    reasons: Mapping[str, str | None],
+    tables: Sequence[str],
+    *,
+    tied: bool,
+) -> None:
+    """Raise ValueError if embeddings cannot be exported quantized as they were trained."""
+    reason = chosen.refusal_of_embeddings(scheme)
+    if reason is not None:
+        raise ValueError(
+            f"export got embeddings with scheme {scheme.name} and format {chosen.name}: {reason}. Train without "
+            "quantized embeddings, or use format torchao, or gguf-grid."
+        )
+    if tied:
+        raise ValueError(
+            f"{checkpoint.folder} ties {HEAD} to the embedding, and servers keep one dense tensor for both: it cannot "
+            "be exported with quantized embeddings."
+        )
+    others = [module_name(key) for key, why in reasons.items() if why == "embedding" and key not in tables]
+    if others or not tables:
+        what = f"{', '.join(others[:3])} may be embeddings of something else" if others else "no table of tokens"
+        raise ValueError(
+            f"export got embeddings, and {checkpoint.folder} has {what}; want tables of tokens only: exclude the "
+            "others, here as in training."
+        )
 
 
 def _refuse_idle_patterns(exclude: Sequence[str], keys: Iterable[str]) -> None:

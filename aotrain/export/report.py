@@ -9,7 +9,7 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class LayerReport:
-    """One quantized layer.
+    """One quantized layer, or embedding.
 
     Attributes:
         name: of the module.
@@ -17,6 +17,7 @@ class LayerReport:
         bytes_before: of its weight in the source.
         bytes_after: of all tensors that replace it.
         sqnr_db: signal to quantization noise of what was read back, against the source; NaN if it was not read back.
+        embedding: whether it is one.
     """
 
     name: str
@@ -24,6 +25,7 @@ class LayerReport:
     bytes_before: int
     bytes_after: int
     sqnr_db: float = math.nan
+    embedding: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +59,11 @@ class ExportReport:
     def __str__(self) -> str:
         ratio = self.bytes_after / max(self.bytes_before, 1)
         state = "read back, bit for bit as the scheme says" if self.verified else "not read back"
+        tables = sum(layer.embedding for layer in self.layers)
+        count = layers_text(len(self.layers) - tables, tables)
         lines = [
             f"{self.destination}: {self.scheme} as {self.format}, {str(self.dtype).removeprefix('torch.')}",
-            f"{len(self.layers)} linear layers, {_size(self.bytes_before)} -> {_size(self.bytes_after)} "
-            f"({100 * ratio:.0f} %), {state}",
+            f"{count}, {_size(self.bytes_before)} -> {_size(self.bytes_after)} ({100 * ratio:.0f} %), {state}",
             *self._layer_lines(),
         ]
         if self.skipped:
@@ -90,6 +93,11 @@ class ExportReport:
             f"  {reason}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
             for reason, names in reasons.items()
         ]
+
+
+def layers_text(linear: int, embeddings: int) -> str:
+    """So many linear layers and embeddings."""
+    return f"{linear} linear layers" + (f" and {embeddings} embeddings" if embeddings else "")
 
 
 def _size(count: float) -> str:

@@ -12,6 +12,8 @@ from fnmatch import fnmatchcase
 import torch
 
 HEAD = "lm_head"
+# Tables of tokens, which servers can keep quantized; positions, patches and the like are embeddings too.
+_TOKENS = re.compile(r"(^|\.)(embed_tokens|tok_embeddings|word_embeddings|wte|embed_in)$")
 _EMBEDDING = re.compile(r"(^|\.)([^.]*embed[^.]*|wte|wpe)(\.|$)")
 # `mlp.gate` and `block_sparse_moe.gate` are routers, `gate_proj` is not; `shared_expert_gate` has one output.
 _ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate)$")
@@ -36,10 +38,16 @@ def reason_to_skip(key: str, shape: Sequence[int], exclude: Sequence[str]) -> st
     if not key.endswith(".weight") or len(shape) != 2:
         return "no matrix of a linear layer"
     if _EMBEDDING.search(name):
-        return "embedding"
+        return "excluded embedding" if _is_excluded(key, exclude) else "embedding"
     if _is_excluded(key, exclude):
         return "excluded"
     return "router" if _ROUTER.search(name) else None
+
+
+def is_token_embedding(key: str, shape: Sequence[int], exclude: Sequence[str]) -> bool:
+    """Whether a tensor is the table of an embedding of tokens, and is not excluded."""
+    is_table = key.endswith(".weight") and len(shape) == 2 and _TOKENS.search(module_name(key)) is not None
+    return is_table and not _is_excluded(key, exclude)
 
 
 def is_stacked_experts(key: str, shape: Sequence[int], exclude: Sequence[str]) -> bool:

@@ -65,6 +65,9 @@ class TorchAo(ExportFormat):
             )
         return None
 
+    def refusal_of_embeddings(self, scheme: Scheme) -> str | None:
+        return None
+
     def server_view(self, scheme: Scheme) -> str:
         return f"torchao {_configuration(scheme)['_type']}, weights are {tensor_class(scheme)}"
 
@@ -93,11 +96,14 @@ class TorchAo(ExportFormat):
         return scheme.weight.decode(Encoded(data, scale), layer.dtype)
 
     def update_config(self, config: dict[str, Any], plan: Plan) -> None:
-        config["quantization_config"] = {
+        described: dict[str, Any] = {
             "quant_method": "torchao",
             "quant_type": {"default": _configuration(plan.scheme)},
             "modules_to_not_convert": list(plan.ignored),
         }
+        if any(layer.embedding for layer in plan.layers.values()):
+            described["include_input_output_embeddings"] = True
+        config["quantization_config"] = described
 
     def metadata(self, plan: Plan) -> dict[str, str]:
         entries: dict[str, Any] = {key: {"_type": "Tensor"} for key in plan.keys}
@@ -169,7 +175,7 @@ def _configuration(scheme: Scheme) -> dict[str, Any]:
 
 def _tensor_entry(layer: Layer, scheme: Scheme) -> dict[str, Any]:
     """What the header says about a quantized parameter."""
-    kind, dynamic = tensor_class(scheme), scheme.activation is not None
+    kind, dynamic = tensor_class(scheme), scheme.activation is not None and not layer.embedding
     row = _typed("PerRow", {"dim": -1})
     parts = ["qdata", "scale"] if kind == FLOAT8 else ["qdata", "scale", "zero_point"]
     size = layer.shape[1]

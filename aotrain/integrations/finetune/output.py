@@ -73,6 +73,7 @@ def export_served(recipe: Recipe, dense: Path) -> None:
         scheme=recipe.quantize.scheme,
         format=recipe.export.format,
         exclude=recipe.quantize.exclude,
+        embeddings=recipe.quantize.embeddings,
         verify=recipe.export.verify,
     )
     print(report)

@@ -37,6 +37,7 @@ def problems(recipe: Recipe) -> Iterator[tuple[str, str]]:
         key, _, message = str(error).partition(": ")
         yield key, message
         return
+    yield from _embeddings(recipe, model)
     yield from _misfits(recipe, model)
     yield from _unmatched(recipe, model)
 
@@ -71,6 +72,20 @@ def _meta_model(recipe: Recipe) -> torch.nn.Module:
         return meta_model(config, trust_remote_code=bool(recipe.model.kwargs.get("trust_remote_code")))
     except (ValueError, TypeError) as error:
         raise JobError(f"model: cannot build it: {error}") from error
+
+
+def _embeddings(recipe: Recipe, model: torch.nn.Module) -> Iterator[tuple[str, str]]:
+    """Embeddings that are trained quantized and cannot be exported so."""
+    if recipe.export is None or recipe.quantize is None or not recipe.quantize.embeddings:
+        return
+    from aotrain.export.table import get_format
+    from aotrain.quantization import get_scheme
+
+    reason = get_format(recipe.export.format).refusal_of_embeddings(get_scheme(recipe.quantize.scheme))
+    if reason is not None:
+        yield "quantize.embeddings", f"export.format {recipe.export.format} cannot carry them: {reason}"
+    elif getattr(model.config, "tie_word_embeddings", False):
+        yield "quantize.embeddings", "the output layer is tied to the embedding, and servers keep one dense tensor"
 
 
 def _misfits(recipe: Recipe, model: torch.nn.Module) -> Iterator[tuple[str, str]]:
