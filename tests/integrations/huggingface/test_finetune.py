@@ -222,8 +222,19 @@ def test_an_interrupted_run_is_not_overwritten_and_continues(load, tmp_path):
         (["model.config.model_type=lama"], "model.config: "),
         (["model.config.hidden_size=48"], "down_proj [48, 128]"),
         (["quantize.exclude=[lm_head, router]"], "quantize.exclude: 'router' matches no layer; there are"),
+        (
+            ["quantize.embeddings=true", "export.path=never"],
+            "quantize.embeddings: export.format compressed-tensors cannot carry them: transformers 5.23 loads packed",
+        ),
+        (
+            [
+                *("quantize.embeddings=true", "export.path=never", "export.format=torchao"),
+                "model.config.tie_word_embeddings=true",
+            ],
+            "quantize.embeddings: the output layer is tied to the embedding",
+        ),
     ],
-    ids=["trainer key", "tokenizer", "kind of model", "group size", "pattern"],
+    ids=["trainer key", "tokenizer", "kind of model", "group size", "pattern", "embeddings", "tied embeddings"],
 )
 def test_mistakes_that_the_libraries_know_have_their_place_too(load, monkeypatch, overrides, message):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
