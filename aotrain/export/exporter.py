@@ -95,18 +95,7 @@ def export(
         if verify:
             job.verify(folder)
         notes = (*job.notes(), *_copy_other_files(source, folder))
-    return ExportReport(
-        destination=destination,
-        scheme=scheme.name or str(scheme),
-        format=chosen.name,
-        dtype=job.dtype,
-        layers=tuple(job.layers.values()),
-        skipped=skipped,
-        bytes_before=sum(at.nbytes for at in checkpoint.entries.values()),
-        bytes_after=job.bytes_after,
-        verified=verify,
-        notes=notes,
-    )
+    return job.report(destination, scheme, skipped, notes, verified=verify)
 
 
 @dataclass
@@ -270,6 +259,29 @@ class _Export:
             )
         if self.dtype == torch.float32 and isinstance(weight, AffineScheme):
             yield "scales are float32; a server that runs in bfloat16 rounds them: export with that dtype instead."
+
+    def report(
+        self,
+        destination: Path,
+        scheme: Scheme,
+        skipped: tuple[tuple[str, str], ...],
+        notes: tuple[str, ...],
+        *,
+        verified: bool,
+    ) -> ExportReport:
+        """What was done."""
+        return ExportReport(
+            destination=destination,
+            scheme=scheme.name or str(scheme),
+            format=self.chosen.name,
+            dtype=self.dtype,
+            layers=tuple(self.layers.values()),
+            skipped=skipped,
+            bytes_before=sum(at.nbytes for at in self.checkpoint.entries.values()),
+            bytes_after=self.bytes_after,
+            verified=verified,
+            notes=notes,
+        )
 
 
 def _refuse_unfit(key: str, weight: torch.Tensor, decoded: torch.Tensor | None) -> None:
