@@ -8,7 +8,8 @@ from aotrain.export.table import FORMATS
 from aotrain.quantization import SCHEMES
 from tests.export.checkpoints import tensors_of, write
 
-# Names that vLLM 0.32 gives when it reads the exports: CompressedTensorsConfig.get_scheme.
+# Classes that vLLM 0.32 chooses for the exported configurations: run for integers and mxfp8, read in its source for the
+# others, which need a GPU or a model under way.
 VLLM = {
     "int2-g32": "pack-quantized W2A16, int2 group 32 weights; vLLM: CompressedTensorsWNA16",
     "int4-g32": "pack-quantized W4A16, int4 group 32 weights; vLLM: CompressedTensorsWNA16",
