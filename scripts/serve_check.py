@@ -53,12 +53,10 @@ scores = [
 ]
 print("perplexity", math.exp(-sum(scores) / len(scores)))
 """
-# One process, a gigabyte for keys and values, nothing fetched, and int4 weights alone: where the processor has int8
-# tiles, vLLM would quantize their inputs as well.
+# One process, a gigabyte for keys and values, nothing fetched.
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_INT4_W4A8": "0",
     "HF_HUB_OFFLINE": "1",
 }
 
@@ -135,7 +133,7 @@ def serve(python: Path, model: Path, windows: Path) -> float:
     command = [python, "-c", SERVE, str(model), str(windows)]
     done = subprocess.run(command, env=outer | ENVIRONMENT, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"vLLM could not serve {model}:\n{done.stderr[-4000:]}")
+        raise SystemExit(f"vLLM could not serve {model} (exit status {done.returncode}):\n{done.stderr[-4000:]}")
     return float(done.stdout.rsplit("perplexity", 1)[1].split()[0])
 
 
