@@ -68,6 +68,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
     rows, heldout = load_rows(recipe)
     nll: dict[str, float | None] = {}
     trainer = build_trainer(recipe, args, tokenizer, rows, heldout)
+    dtype = layer_dtype(args, next(trainer.model.parameters()).dtype)  # FSDP is going to make float32 masters
     if heldout is not None and recipe.model.path is not None and not _wants_fsdp(args):
         nll |= _measure(recipe, trainer, "start", "start_rounded")
     losses = _train(trainer, recipe)
@@ -83,7 +84,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
             export_served(recipe, served)
     if recipe.export is not None and heldout is not None:
         args.distributed_state.wait_for_everyone()  # pyrefly: ignore[missing-attribute]
-        nll["exported"], notes = _measure_exported(recipe, trainer)
+        nll["exported"], notes = _measure_exported(recipe, trainer, dtype)
     summary = {
         **summarize(nll),
         **notes,
@@ -127,12 +128,13 @@ def build_trainer(
         JobError: the model cannot be loaded, a layer cannot be quantized, or options of the optimizer are unknown.
     """
     model: torch.nn.Module = build_model(recipe, tokenizer)
-    report = prepare_low_precision(model, recipe)
+    dtype = layer_dtype(args, next(model.parameters()).dtype)
+    report = prepare_low_precision(model, recipe, dtype)
     if report is not None and args.process_index == 0:
         print(report)
     if recipe.lora is not None:
         model = add_lora(model, recipe.lora, quantized=recipe.quantize is not None)
-    if recipe.quantize is not None and isinstance(served_scheme(recipe, model).weight, Nvfp4Scheme):
+    if recipe.quantize is not None and isinstance(served_scheme(recipe, dtype).weight, Nvfp4Scheme):
         share_global_scales(model)
     try:
         ours = trainer_kwargs(recipe)
@@ -148,6 +150,17 @@ def build_trainer(
     )
     trainer.add_callback(ShardingCheck(trainer, wants_fsdp=_wants_fsdp(args)))
     return trainer
+
+
+def layer_dtype(args: SFTConfig, dtype: torch.dtype) -> torch.dtype:
+    """Dtype in which layers get the weights of a model of this dtype, and quantize them; the checkpoint has it too.
+
+    Under FSDP with mixed precision that of the copies that FSDP gathers of its masters. Autocast converts what layers
+    multiply, after they have quantized it.
+    """
+    if _wants_fsdp(args) and (args.bf16 or args.fp16):
+        return torch.bfloat16 if args.bf16 else torch.float16
+    return dtype
 
 
 def _wants_fsdp(args: SFTConfig) -> bool:
@@ -220,7 +233,7 @@ def _merged(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Path:
     return folder
 
 
-def _measure_exported(recipe: Recipe, trainer: SFTTrainer) -> tuple[float | None, dict[str, str]]:
+def _measure_exported(recipe: Recipe, trainer: SFTTrainer, dtype: torch.dtype) -> tuple[float | None, dict[str, str]]:
     """nll of the exported checkpoint as transformers reads it; None and the reason where it cannot.
 
     Every rank takes part: compressed-tensors deals the layers that it decompresses to the ranks of the process group,
@@ -229,7 +242,6 @@ def _measure_exported(recipe: Recipe, trainer: SFTTrainer) -> tuple[float | None
     assert recipe.export is not None
     if not _on_every_rank(Path(recipe.export.path).is_dir()):
         return None, {"exported_note": "not every process sees the folder of the export: it is on another machine"}
-    dtype: Any = recipe.model.dtype if recipe.model.dtype == "auto" else getattr(torch, recipe.model.dtype)
     try:
         model = AutoModelForCausalLM.from_pretrained(recipe.export.path, dtype=dtype)
     except ImportError as error:

@@ -98,8 +98,13 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTraine
         raise JobError(f"model: cannot load {model.path!r}: {_first_line(error)}") from error
 
 
-def prepare_low_precision(model: torch.nn.Module, recipe: Recipe) -> Any:
+def prepare_low_precision(model: torch.nn.Module, recipe: Recipe, dtype: torch.dtype | None = None) -> Any:
     """Swap the linear layers for those that the recipe trains with, in place.
+
+    Args:
+        model: to prepare.
+        recipe: what with.
+        dtype: of the weights that layers quantize, and so of the checkpoint and of integer scales; None is the model's.
 
     Returns:
         The report: what was converted, what was skipped and why; None when the recipe trains in the model's dtype.
@@ -113,7 +118,7 @@ def prepare_low_precision(model: torch.nn.Module, recipe: Recipe) -> Any:
 
             return prepare_qat(
                 model,
-                served_scheme(recipe, model),
+                served_scheme(recipe, dtype or next(model.parameters()).dtype),
                 exclude=recipe.quantize.exclude,
                 embeddings=recipe.quantize.embeddings,
             )
@@ -128,12 +133,12 @@ def prepare_low_precision(model: torch.nn.Module, recipe: Recipe) -> Any:
     return None
 
 
-def served_scheme(recipe: Recipe, model: torch.nn.Module) -> Scheme:
-    """The recipe's scheme with integer scales in the dtype of the checkpoint that will be served, the model's."""
+def served_scheme(recipe: Recipe, dtype: torch.dtype) -> Scheme:
+    """The recipe's scheme with integer scales in the dtype of the checkpoint that will be served."""
     from aotrain.quantization import get_scheme
 
     assert recipe.quantize is not None
-    return get_scheme(recipe.quantize.scheme, scale_dtype=next(model.parameters()).dtype)
+    return get_scheme(recipe.quantize.scheme, scale_dtype=dtype)
 
 
 def is_excluded(fqn: str, patterns: tuple[str, ...] = ("lm_head",)) -> bool:

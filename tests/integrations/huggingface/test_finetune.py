@@ -158,6 +158,22 @@ def test_a_pretrained_model_is_measured_before_and_after(load, pretrained):
     assert summary["nll"]["qat"] < summary["nll"]["start_rounded"]
 
 
+@pytest.mark.parametrize(
+    ("fsdp", "bf16", "dtype", "expected"),
+    [
+        (True, True, torch.float32, torch.bfloat16),
+        (True, True, torch.bfloat16, torch.bfloat16),
+        (True, False, torch.float32, torch.float32),
+        (False, True, torch.float32, torch.float32),
+        (False, True, torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_layers_get_copies_of_the_weights_under_fsdp_only(load, monkeypatch, fsdp, bf16, dtype, expected):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", str(fsdp).lower())
+    args = dataclasses.replace(finetune.training_arguments(load()), bf16=bf16)
+    assert finetune.layer_dtype(args, dtype) == expected
+
+
 def test_lora_saves_the_adapter_and_the_merged_model_that_was_measured(load, pretrained, tmp_path):
     local = (f"model.path={pretrained}", "model.config=null", "model.tokenizer=null", "lora={r: 4}")
     recipe = load(*local, f"export.path={tmp_path / 'served'}", "quantize.start_step=0", "quantize.anneal_steps=0")

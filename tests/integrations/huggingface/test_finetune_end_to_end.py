@@ -64,7 +64,7 @@ def test_trained_converted_and_served_are_the_same_bits(tmp_path, capsys):
 
 
 def test_nvfp4_trains_with_the_scales_of_joined_layers(tmp_path):
-    """In full, then adapters on what that has saved. transformers decodes NVFP4 to bfloat16, so the model is in that."""
+    """In full, then adapters on what that has saved; in bfloat16, to which transformers decodes NVFP4."""
     changes = ["quantize.scheme=nvfp4", "quantize.start_step=0", "evaluate.control=false", "optimizer.lr=1e-2"]
     first = load(tmp_path / "full", *changes, "model.dtype=bfloat16")
     nll = run(first)["nll"]

@@ -26,7 +26,7 @@ from tests.integrations.huggingface.test_finetune_end_to_end import load
 
 FSDP = ("trainer.fsdp=true", "trainer.bf16=true", "trainer.max_steps=3", "quantize.start_step=0", "optimizer.lr=1e-2")
 # What `accelerate launch` asks for by default, with which the Trainer would save nothing.
-FSDP += ("trainer.fsdp_config={state_dict_type: SHARDED_STATE_DICT}", "model.dtype=bfloat16", "evaluate.control=false")
+FSDP += ("trainer.fsdp_config={state_dict_type: SHARDED_STATE_DICT}", "evaluate.control=false")
 
 
 def pretend_to_be_on_gpus() -> None:
@@ -51,7 +51,7 @@ def on_ranks(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     pretend_to_be_on_gpus()
     full = load(Path(folder) / "full", *FSDP)
     results = {"full": run(full)["nll"]}
-    base = [f"model.path={full.output_dir}", "model.config=null", "model.tokenizer=null", "lora={r: 4}"]
+    base = [f"model={{path: {full.output_dir}, dtype: bfloat16}}", "lora={r: 4}"]
     results["lora"] = run(load(Path(folder) / "lora", *FSDP, *base))["nll"]
     return results
 
