@@ -7,6 +7,7 @@ from array import array
 import torch
 
 from aotrain.formats import AffineFormat, MappingType, ZeroPointDomain
+from aotrain.kernels._fake_quantize_table import Table, lookup_table
 from aotrain.kernels._native import native_library
 
 # Enums Isa, Input and Mapping of csrc/cpu/{isa,fake_quantize}.h.
@@ -20,8 +21,8 @@ def library() -> tuple[ctypes.CDLL | None, str | None]:
     """(the compiled kernel, None) or (None, why it is not there)."""
     found, reason = native_library("fake_quantize")
     if found is not None:
-        found.aotrain_fake_quantize.restype = None
-        found.aotrain_fake_quantize.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_int)
+        for function in (found.aotrain_fake_quantize, found.aotrain_fake_quantize_clear):
+            function.restype, function.argtypes = None, (ctypes.c_void_p, ctypes.c_int, ctypes.c_int)
     return found, reason
 
 
@@ -40,6 +41,7 @@ def fake_quantize(
     form: AffineFormat,
     grad: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
+    saturated: torch.Tensor | None = None,
     isa: str | None = None,
 ) -> torch.Tensor:
     """Values of x's codes, or the gradient of x from theirs, for a tensor without `problem`.
@@ -49,36 +51,48 @@ def fake_quantize(
         form: a format that `fake_quantize.kernel_gap` has nothing against.
         grad: gradient of the values, in x's shape and dtype.
         out: contiguous; default a new tensor. May be grad.
+        saturated: contiguous int32 in the shape of `fake_quantize.saturated_shape`, written with the values.
         isa: instruction set; default the fastest. Tests choose.
     """
-    found, reason = library()
-    if found is None:
-        raise RuntimeError(f"The C++ kernel of aotrain::fake_quantize_affine cannot run: {reason}.")
     x = x.contiguous()
     grad = None if grad is None else grad.contiguous()
     out = x.new_empty(x.shape) if out is None else out
     size = x.shape[-1] if form.group_size is None else form.group_size
-    table = array(
-        "q",
-        (
-            *(x.data_ptr(), 0 if grad is None else grad.data_ptr(), out.data_ptr(), x.numel() // size, size),
-            *_constants(form, x.dtype),
-        ),
-    )
-    found.aotrain_fake_quantize(
-        table.buffer_info()[0],
-        found.aotrain_fake_quantize_isa() if isa is None else ISAS[isa],
-        torch.get_num_threads(),
-    )
+    pointers = (x.data_ptr(), 0 if grad is None else grad.data_ptr(), out.data_ptr())
+    marks = 0 if saturated is None else saturated.data_ptr()
+    constants, _ = _constants(form, x.dtype)
+    _call("aotrain_fake_quantize", (*pointers, x.numel() // size, size, *constants, marks), isa)
     return out
 
 
+def clear_saturated_(
+    grad: torch.Tensor, saturated: torch.Tensor, group_size: int | None, isa: str | None = None
+) -> None:
+    """Zeros in a contiguous gradient, of 2 or 4 bytes an element, where bits that `fake_quantize` wrote are set."""
+    size = grad.shape[-1] if group_size is None else group_size
+    table = (grad.data_ptr(), saturated.data_ptr(), grad.numel() // size, size, grad.element_size())
+    _call("aotrain_fake_quantize_clear", table, isa)
+
+
+def _call(name: str, table: tuple[int, ...], isa: str | None) -> None:
+    found, reason = library()
+    if found is None:
+        raise RuntimeError(f"The C++ kernel of aotrain::fake_quantize_affine cannot run: {reason}.")
+    packed = array("q", table)
+    fastest = found.aotrain_fake_quantize_isa() if isa is None else ISAS[isa]
+    getattr(found, name)(packed.buffer_info()[0], fastest, torch.get_num_threads())
+
+
 @functools.lru_cache(maxsize=256)
-def _constants(form: AffineFormat, dtype: torch.dtype) -> tuple[int, ...]:
+def _constants(form: AffineFormat, dtype: torch.dtype) -> tuple[tuple[int, ...], Table | None]:
+    """Fields of a call, and the table that they point to, which lives as long as they do."""
     compute = form.compute_dtype or dtype
     zero_point = 0 if form.domain is ZeroPointDomain.NONE else form.center
-    return (
+    table = lookup_table(form, dtype)
+    numbers = (
         *(form.quant_min, form.quant_max, zero_point, _MAPPINGS[form.mapping]),
         *(_INPUTS[dtype], _INPUTS[form.scale_dtype or dtype], int(compute == torch.float32)),
-        int(torch.tensor(form.smallest_scale(compute), dtype=torch.float32).view(torch.int32)),
+        int(torch.tensor(form.smallest_scale(compute), dtype=torch.float32, device="cpu").view(torch.int32)),
+        *((0,) * 6 if table is None else (table.rows.data_ptr(), *table[1:])),
     )
+    return numbers, table

@@ -6,6 +6,7 @@ differentiated.
 
 Nothing but the tensors themselves is kept for backward. `fake_quantized_linear` keeps the layer's input and parameters,
 as a plain linear layer does, and makes the values again: no copy of the weight and no mask lives between the passes.
+Within backward, whoever makes the values may leave marks of what saturated for the gradient that comes later.
 """
 
 from typing import Any, Protocol
@@ -20,7 +21,12 @@ class FakeQuantizer(Protocol):
 
     def pass_gradient(self, grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor: ...
 
-    def pass_gradient_(self, grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    def marked_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self.values(x), None
+
+    def pass_gradient_(
+        self, grad: torch.Tensor, x: torch.Tensor, saturated: torch.Tensor | None = None
+    ) -> torch.Tensor:
         return self.pass_gradient(grad, x)
 
 
@@ -65,14 +71,18 @@ class _FakeQuantizedLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad_output,) = grads
         x, weight = ctx.saved_tensors
-        grad_input = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_input = grad_output @ _values(weight, ctx.weight_quantizer, ctx.dtype)
-            grad_input = _pass(grad_input.to(x.dtype), x, ctx.activation)
-        rows = grad_output.flatten(0, -2)
+        grad_input = grad_weight = grad_bias = x_values = x_marks = w_marks = None
         if ctx.needs_input_grad[1]:
-            grad_weight = rows.t() @ _values(x, ctx.activation, ctx.dtype).flatten(0, -2)
-            grad_weight = _pass(grad_weight.to(weight.dtype), weight, ctx.weight_quantizer)
+            x_values, x_marks = _marked_values(x, ctx.activation, ctx.dtype)
+        if ctx.needs_input_grad[0]:
+            w_values, w_marks = _marked_values(weight, ctx.weight_quantizer, ctx.dtype)
+            grad_input = grad_output @ w_values
+            del w_values  # before the gradient of its size is there
+            grad_input = _pass(grad_input.to(x.dtype), x, ctx.activation, x_marks)
+        rows = grad_output.flatten(0, -2)
+        if x_values is not None:
+            grad_weight = rows.t() @ x_values.flatten(0, -2)
+            grad_weight = _pass(grad_weight.to(weight.dtype), weight, ctx.weight_quantizer, w_marks)
         if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
             grad_bias = rows.sum(0).to(ctx.bias_dtype)
         return grad_input, grad_weight, grad_bias, None, None, None
@@ -109,6 +119,15 @@ def _values(x: torch.Tensor, quantizer: FakeQuantizer | None, dtype: torch.dtype
     return (x if quantizer is None else quantizer.values(x)).to(dtype)
 
 
-def _pass(grad: torch.Tensor, x: torch.Tensor, quantizer: FakeQuantizer | None) -> torch.Tensor:
+def _marked_values(
+    x: torch.Tensor, quantizer: FakeQuantizer | None, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    values, saturated = (x, None) if quantizer is None else quantizer.marked_values(x)
+    return values.to(dtype), saturated
+
+
+def _pass(
+    grad: torch.Tensor, x: torch.Tensor, quantizer: FakeQuantizer | None, saturated: torch.Tensor | None
+) -> torch.Tensor:
     """The gradient of x from a product that nobody else has."""
-    return grad if quantizer is None else quantizer.pass_gradient_(grad, x)
+    return grad if quantizer is None else quantizer.pass_gradient_(grad, x, saturated)

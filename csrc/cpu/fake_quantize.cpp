@@ -37,6 +37,15 @@ GroupRange select(int isa, const FakeQuantize& f) {
     return scalar::select(f);
 }
 
+// Function(first, last) for units of groups of `size` elements.
+template <class Function>
+inline void for_units(int64_t groups, int64_t size, int threads, const Function& function) {
+    const int64_t each = std::max<int64_t>(1, kUnitElements / size / kGroups) * kGroups;
+    const int64_t units = (groups + each - 1) / each;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && units > 1)
+    for (int64_t unit = 0; unit < units; unit++) function(unit * each, std::min(groups, (unit + 1) * each));
+}
+
 }  // namespace
 }  // namespace aotrain
 
@@ -50,9 +59,18 @@ void aotrain_fake_quantize(const aotrain::FakeQuantize* call, int isa, int threa
     using namespace aotrain;
     const FakeQuantize& f = *call;
     const GroupRange run = select(isa, f);
-    const int64_t each = std::max<int64_t>(1, kUnitElements / f.size / kGroups) * kGroups;
-    const int64_t units = (f.groups + each - 1) / each;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && units > 1)
-    for (int64_t unit = 0; unit < units; unit++) run(f, unit * each, std::min(f.groups, (unit + 1) * each));
+    for_units(f.groups, f.size, threads, [&](int64_t first, int64_t last) { run(f, first, last); });
+}
+
+// Zeros into the gradient of what saturated.
+void aotrain_fake_quantize_clear(const aotrain::Clear* call, int isa, int threads) {
+    using namespace aotrain;
+    const Clear& c = *call;
+    auto* run = scalar::clear_range;
+#if AOTRAIN_X86
+    if (isa == kAvx512) run = avx512::clear_range;
+#endif
+    (void)isa;
+    for_units(c.groups, c.size, threads, [&](int64_t first, int64_t last) { run(c, first, last); });
 }
 }

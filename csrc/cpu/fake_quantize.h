@@ -25,7 +25,18 @@ struct FakeQuantize {
     int64_t input, scale_dtype;                    // Input
     int64_t wide;                                  // whether the arithmetic is in float32, whatever the input
     int64_t eps;                                   // bits of a float: the smallest scale
+    const uint16_t* table;                         // see Lookup; null where the values are computed
+    int64_t first_key, last_key;                   // the largest magnitudes of groups that it is for, as bfloat16 bits
+    int64_t exponent, nonzero, highest_step;       // of its values: bits, a bit each; the last step that has a code
+    uint32_t* saturated;  // null, or, to make values: a bit per element without a code, groups padded to whole words
 };
+
+// A bfloat16 group's values follow from the mantissa of its largest magnitude, but for a power of two. For each such
+// mantissa a table has two rows. With `level` the magnitude's bits, less those of the largest one, plus 511, and at
+// least 0, `steps = (level + row[0][level / 16]) >> 9` are the magnitude's steps, and `row[1][steps]` is the value of a
+// negative element, `row[1][16 + steps]` that of another one. aotrain/kernels/_fake_quantize_table.py makes it.
+constexpr int64_t kLevels = 512;
+constexpr int64_t kRowWords = 32;
 
 // The arithmetic of each element is rounded to the input's dtype only where scales are in it, too.
 inline bool is_narrow(const FakeQuantize& f) {
@@ -38,6 +49,16 @@ struct Scales {
     alignas(64) float scale[kGroups], inverse[kGroups];
     alignas(64) float low[kGroups], high[kGroups];  // the codes' bounds less the zero point
 };
+
+// A call that clears what saturated.
+struct Clear {
+    void* grad;
+    const uint32_t* saturated;
+    int64_t groups, size, bytes;  // of an element
+};
+
+// Words of `saturated` that a group has.
+inline int64_t words_of(int64_t size) { return (size + 31) / 32; }
 
 using GroupRange = void (*)(const FakeQuantize& f, int64_t first, int64_t last);
 

@@ -3,7 +3,7 @@
 #pragma once
 
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,fma")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,fma,bmi2")
 
 #define AOTRAIN_ISA avx512_portable
 #include "fake_quantize_portable.h"
@@ -17,6 +17,7 @@ inline __m512i all(uint32_t x) { return _mm512_set1_epi32(static_cast<int32_t>(x
 
 // Which of 32 elements to load or store: all of them, or the first few.
 struct Every {
+    static __mmask32 mask() { return ~__mmask32{0}; }
     static __m512i load16(const void* x) { return _mm512_loadu_si512(x); }
     static __m512i load32(const void* x, int half) { return _mm512_loadu_si512(static_cast<const char*>(x) + 64 * half); }
     static void store16(void* to, __m512i x) { _mm512_storeu_si512(to, x); }
@@ -25,6 +26,7 @@ struct Every {
 
 struct First {
     __mmask32 k;
+    __mmask32 mask() const { return k; }
     explicit First(int64_t n) : k((uint32_t{1} << n) - 1) {}  // n < 32
     __mmask16 of_half(int half) const { return static_cast<__mmask16>(k >> (16 * half)); }
     __m512i load16(const void* x) const { return _mm512_maskz_loadu_epi16(k, x); }
@@ -46,7 +48,7 @@ inline void for_each_32(int64_t n, const Function& function) {
 }
 
 // Each dtype: two vectors with the numbers of 32 elements in an order of its own; storing such numbers, rounded, and
-// storing those of 32 gradients whose bits are set in two masks of that order; keys (see key_of) that are folded with
+// storing those of 32 gradients whose bits are set in two masks of that order, and these as one; keys (see key_of) that are folded with
 // an operation; and 2^k for which x + 2^k * (the power of two below x) rounds x to the dtype.
 
 // key_of of integers of 32 bits, and the way back.
@@ -94,6 +96,9 @@ struct Bfloat16 : Words {
         const __m512i low = _mm512_srli_epi32(rounded(value[0]), 16), high = rounded(value[1]);
         which.store16(to, _mm512_ternarylogic_epi32(low, high, all(0xFFFF0000), 0xF8));
     }
+    static uint32_t in_order(const __mmask16 inside[2]) {
+        return _pdep_u32(inside[0], 0x55555555) | _pdep_u32(inside[1], 0xAAAAAAAA);
+    }
     template <class Which>
     static void keep(const uint16_t* from, uint16_t* to, Which which, const __mmask16 inside[2]) {
         const __m512i words = which.load16(from);
@@ -122,6 +127,7 @@ struct Float16 : Words {
         const __m256i low = _mm512_cvtps_ph(value[0], kNearest), high = _mm512_cvtps_ph(value[1], kNearest);
         which.store16(to, _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
     }
+    static uint32_t in_order(const __mmask16 inside[2]) { return _mm512_kunpackw(inside[1], inside[0]); }
     template <class Which>
     static void keep(const uint16_t* from, uint16_t* to, Which which, const __mmask16 inside[2]) {
         const auto kept = static_cast<__mmask32>(_mm512_kunpackw(inside[1], inside[0]));
@@ -154,6 +160,7 @@ struct Float32 {
     static void store_pair(uint32_t* to, Which which, const __m512 value[2]) {
         for (int half = 0; half < 2; half++) which.store32(to, half, as_int(value[half]));
     }
+    static uint32_t in_order(const __mmask16 inside[2]) { return _mm512_kunpackw(inside[1], inside[0]); }
     template <class Which>
     static void keep(const uint32_t* from, uint32_t* to, Which which, const __mmask16 inside[2]) {
         for (int half = 0; half < 2; half++)
@@ -266,21 +273,43 @@ inline __m512 steps_of(__m512 x, __m512 inverse) {
     return _mm512_add_ps(quotient, _mm512_set1_ps(kRound));
 }
 
+// Which of 32 numbers in two vectors have steps within bounds; no step of a group without a scale has.
+inline void find_inside(const __m512 steps[2], __m512 low, __m512 high, __mmask16 inside[2]) {
+    for (int h = 0; h < 2; h++) {
+        const __mmask16 above = _mm512_cmp_ps_mask(steps[h], low, _CMP_GE_OQ);
+        inside[h] = _mm512_mask_cmp_ps_mask(above, steps[h], high, _CMP_LE_OQ);
+    }
+}
+
+// `saturated` may be null, as in FakeQuantize.
 template <class In, bool Narrow>
 inline void write_values(const typename In::Portable::Bits* x, typename In::Portable::Bits* out, int64_t size,
-                         const Scales& s, int64_t j) {
+                         const Scales& s, int64_t j, uint32_t* saturated) {
     const __m512 scale = _mm512_set1_ps(s.scale[j]), inverse = _mm512_set1_ps(s.inverse[j]);
     const __m512 round = _mm512_set1_ps(kRound);
     const __m512 low = _mm512_set1_ps(s.low[j]), high = _mm512_set1_ps(s.high[j]);
     for_each_32(size, [&](int64_t i, auto which) {
         __m512 value[2];
         In::load_pair(x + i, which, value);
+        for (auto& v : value) v = steps_of<In, Narrow>(v, inverse);
+        if (saturated) {
+            __mmask16 inside[2];
+            find_inside(value, low, high, inside);
+            saturated[i / 32] = ~In::in_order(inside) & which.mask();
+        }
         for (auto& v : value) {
-            const __m512 code = _mm512_min_ps(_mm512_max_ps(steps_of<In, Narrow>(v, inverse), low), high);
+            const __m512 code = _mm512_min_ps(_mm512_max_ps(v, low), high);
             v = _mm512_mul_ps(_mm512_sub_ps(code, round), scale);
         }
         In::store_pair(out + i, which, value);
     });
+}
+
+// A group without a scale.
+template <class In>
+inline void write_nan(typename In::Portable::Bits* out, int64_t size, uint32_t* saturated) {
+    avx512_portable::fill_nan<typename In::Portable>(out, 0, size);
+    if (saturated) for_each_32(size, [&](int64_t i, auto which) { saturated[i / 32] = which.mask(); });
 }
 
 template <class In, bool Narrow>
@@ -292,15 +321,15 @@ inline void write_gradient(const typename In::Portable::Bits* x, const typename 
         __m512 value[2];
         __mmask16 inside[2];
         In::load_pair(x + i, which, value);
-        for (int h = 0; h < 2; h++) {
-            const __m512 steps = steps_of<In, Narrow>(value[h], inverse);
-            const __mmask16 above = _mm512_cmp_ps_mask(steps, low, _CMP_GE_OQ);
-            inside[h] = _mm512_mask_cmp_ps_mask(above, steps, high, _CMP_LE_OQ);
-        }
+        for (auto& v : value) v = steps_of<In, Narrow>(v, inverse);
+        find_inside(value, low, high, inside);
         // In place, what is kept need not be touched; in small groups a wrong guess of it costs more than it saves.
         if (grad != out || size <= 64 || (inside[0] & inside[1]) != 0xFFFF) In::keep(grad + i, out + i, which, inside);
     });
 }
+
+// What lies in the first cache from the bounds to the values.
+inline int64_t groups_at_once(const FakeQuantize& f) { return f.size >= 2048 ? 1 : f.size >= 256 ? 4 : kGroups; }
 
 template <class In, class Round, bool Narrow>
 void group_range(const FakeQuantize& f, int64_t first, int64_t last) {
@@ -308,19 +337,19 @@ void group_range(const FakeQuantize& f, int64_t first, int64_t last) {
     Scales s{};
     const auto *x = static_cast<const Bits*>(f.x), *grad = static_cast<const Bits*>(f.grad);
     auto* out = static_cast<Bits*>(f.out);
-    // What lies in the first cache from the bounds to the values.
-    const int64_t few = f.size >= 2048 ? 1 : f.size >= 256 ? 4 : kGroups;
+    const int64_t few = groups_at_once(f);
     for (int64_t group = first; group < last; group += few) {
         const int64_t n = last - group < few ? last - group : few;
         find_scales<In, Round, Narrow>(f, group, n, s);
         for (int64_t j = 0; j < n; j++) {
             const int64_t at = (group + j) * f.size;
+            uint32_t* saturated = f.saturated ? f.saturated + (group + j) * words_of(f.size) : nullptr;
             if (grad)
                 write_gradient<In, Narrow>(x + at, grad + at, out + at, f.size, s, j);
             else if (s.scale[j] != s.scale[j])
-                avx512_portable::fill_nan<typename In::Portable>(out, at, f.size);
+                write_nan<In>(out + at, f.size, saturated);
             else
-                write_values<In, Narrow>(x + at, out + at, f.size, s, j);
+                write_values<In, Narrow>(x + at, out + at, f.size, s, j, saturated);
         }
     }
 }
@@ -331,7 +360,35 @@ inline GroupRange select_arithmetic(const FakeQuantize& f) {
     return f.wide ? group_range<In, Float32, false> : group_range<In, In, false>;
 }
 
+}  // namespace aotrain::avx512
+
+#include "fake_quantize_lookup_avx512.h"
+
+namespace aotrain::avx512 {
+
+// `saturated` has the bits of 32 elements a word, groups padded to whole words.
+inline void clear_range(const Clear& c, int64_t first, int64_t last) {
+    const __m512i zero = _mm512_setzero_si512();
+    const bool whole = c.size % 32 == 0;  // groups follow each other without a gap
+    const int64_t size = whole ? (last - first) * c.size : c.size;
+    const uint32_t* saturated = c.saturated + first * words_of(c.size);
+    for (int64_t group = first; group < last; group += whole ? last - first : 1) {
+        auto* grad = static_cast<char*>(c.grad) + group * c.size * c.bytes;
+        // Storing nothing is cheaper than a wrong guess of whether there is something to store.
+        for (int64_t i = 0; i < size; i += 32, grad += 32 * c.bytes) {
+            const uint32_t word = *saturated++;
+            if (c.bytes == 2) {
+                _mm512_mask_storeu_epi16(grad, word, zero);
+            } else {
+                _mm512_mask_storeu_epi32(grad, static_cast<__mmask16>(word), zero);
+                _mm512_mask_storeu_epi32(grad + 64, static_cast<__mmask16>(word >> 16), zero);
+            }
+        }
+    }
+}
+
 inline GroupRange select(const FakeQuantize& f) {
+    if (f.table) return f.size == 32 ? lookup_range<32> : lookup_range<0>;
     if (f.input == kFloat32Input) return group_range<Float32, Float32, false>;
     return f.input == kBfloat16Input ? select_arithmetic<Bfloat16>(f) : select_arithmetic<Float16>(f);
 }

@@ -164,6 +164,20 @@ inline void write_values(const FakeQuantize& f, int64_t at, const Scales& s, int
     }
 }
 
+// A bit for each element that has no code. No step of a group without a scale is within bounds.
+template <class In, bool Narrow>
+inline void write_saturated(const FakeQuantize& f, int64_t at, const Scales& s, int64_t j, uint32_t* saturated) {
+    const auto* x = static_cast<const typename In::Bits*>(f.x) + at;
+    for (int64_t i = 0; i < f.size; i += 32) {
+        uint32_t word = 0;
+        for (int64_t k = i; k < i + 32 && k < f.size; k++) {
+            const float step = step_of<In, Narrow>(x[k], s.inverse[j]);
+            word |= uint32_t{!(step >= s.low[j] && step <= s.high[j])} << (k - i);
+        }
+        *saturated++ = word;
+    }
+}
+
 template <class In, bool Narrow>
 inline void write_gradient(const FakeQuantize& f, int64_t at, const Scales& s, int64_t j) {
     using Bits = typename In::Bits;
@@ -186,6 +200,8 @@ void group_range(const FakeQuantize& f, int64_t first, int64_t last) {
         find_scales<Round, Narrow>(f, s);
         for (int64_t j = 0; j < n; j++) {
             const int64_t at = (group + j) * f.size;
+            if (f.saturated)
+                write_saturated<In, Narrow>(f, at, s, j, f.saturated + (group + j) * words_of(f.size));
             if (f.grad)
                 write_gradient<In, Narrow>(f, at, s, j);
             else if (s.scale[j] != s.scale[j])
@@ -193,6 +209,23 @@ void group_range(const FakeQuantize& f, int64_t first, int64_t last) {
             else
                 write_values<In, Narrow>(f, at, s, j);
         }
+    }
+}
+
+template <class Bits>
+inline void clear_words(Bits* grad, const uint32_t* saturated, int64_t size) {
+    for (int64_t i = 0; i < size; i += 32)
+        for (uint32_t word = *saturated++; word; word &= word - 1) grad[i + __builtin_ctz(word)] = 0;
+}
+
+// Zeros for the elements of groups whose bits are set.
+inline void clear_range(const Clear& c, int64_t first, int64_t last) {
+    for (int64_t group = first; group < last; group++) {
+        const uint32_t* saturated = c.saturated + group * words_of(c.size);
+        if (c.bytes == 2)
+            clear_words(static_cast<uint16_t*>(c.grad) + group * c.size, saturated, c.size);
+        else
+            clear_words(static_cast<uint32_t*>(c.grad) + group * c.size, saturated, c.size);
     }
 }
 

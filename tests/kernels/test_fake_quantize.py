@@ -9,9 +9,11 @@ from aotrain.formats import AffineFormat, MappingType, ZeroPointDomain, integer_
 from aotrain.kernels import _dispatch, _fake_quantize_cpu
 from aotrain.kernels import fake_quantize as ops
 from aotrain.kernels.fake_quantize import (
+    clear_saturated_,
     fake_quantize_affine,
     fake_quantize_affine_backward,
     fake_quantize_affine_backward_,
+    fake_quantize_affine_marked,
 )
 from aotrain.testing import assert_bitwise_equal
 
@@ -49,10 +51,25 @@ def test_equals_the_definition(shape: tuple[int, ...], name: str):
                 assert_bitwise_equal(got, values)
                 assert got.is_contiguous()
                 assert_bitwise_equal(fake_quantize_affine_backward(g, x, form), want)
-                strided = torch.stack([g, g], dim=-1)[..., 0]
-                for own in (g.clone(), strided):
+                for own in (g.clone(), torch.stack([g, g], dim=-1)[..., 0]):
                     assert fake_quantize_affine_backward_(own, x, form) is own
                     assert_bitwise_equal(own, want)
+                marked, saturated = fake_quantize_affine_marked(x, form)
+                assert_bitwise_equal(marked, values)
+                for own in (g.clone(), torch.stack([g, g], dim=-1)[..., 0], g.double()):
+                    assert clear_saturated_(own, saturated, form) is own
+                    assert_bitwise_equal(own, want.to(own.dtype))
+
+
+def test_marks_are_bits_of_whole_words():
+    form = integer_format(4, group_size=48)
+    x = torch.zeros(2, 96)
+    x[0, 5], x[0, 40], x[0, 48 + 31], x[1, 47] = 7.5, 7.5, 3.75, 15
+    x[1, 48:] = torch.nan
+    _, saturated = fake_quantize_affine_marked(x, form)
+    assert saturated.tolist() == [[[1 << 5, 1 << 8], [-(1 << 31), 0]], [[0, 1 << 15], [-1, 0xFFFF]]]
+    with pytest.raises(ValueError, match=r"of shape \(2, 96\); want int32 \(2, 2, 2\)"):
+        clear_saturated_(x, saturated[:1], form)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -63,6 +80,10 @@ def test_opcheck(name: str):
         torch.library.opcheck(torch.ops.aotrain.fake_quantize_affine, (operand, *arguments))
         torch.library.opcheck(torch.ops.aotrain.fake_quantize_affine_backward, (grad, operand, *arguments))
         torch.library.opcheck(torch.ops.aotrain.fake_quantize_affine_backward_, (grad.clone(), operand, *arguments))
+        torch.library.opcheck(torch.ops.aotrain.fake_quantize_affine_marked, (operand, *arguments))
+    _, saturated = fake_quantize_affine_marked(x, FORMATS[name])
+    clear = (grad.clone(), saturated, FORMATS[name].group_size)
+    torch.library.opcheck(torch.ops.aotrain.clear_saturated_, clear)
 
 
 def test_two_runs_are_equal():

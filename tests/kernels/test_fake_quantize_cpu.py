@@ -12,7 +12,8 @@ import torch
 
 from aotrain.formats import AffineFormat, MappingType, ZeroPointDomain, integer_format
 from aotrain.kernels import _fake_quantize_cpu as cpu
-from aotrain.kernels.fake_quantize import kernel_gap
+from aotrain.kernels._fake_quantize_table import lookup_table
+from aotrain.kernels.fake_quantize import _arguments, _reference_marked, kernel_gap, saturated_shape
 from aotrain.testing import adversarial_matrix, all_bfloat16_values, assert_bitwise_equal
 from tests.kernels.native import build_or_skip, isa_or_skip
 
@@ -44,8 +45,15 @@ def check(x: torch.Tensor, form: AffineFormat, isa: str) -> None:
     grad = torch.randn(x.shape).to(x.dtype)
     want = grad.where(inside, 0)
     assert_bitwise_equal(cpu.fake_quantize(x, form, grad, isa=isa), want, what=f"gradient, {form}")
+    marked = grad.clone()
     assert cpu.fake_quantize(x, form, grad, out=grad, isa=isa) is grad
     assert_bitwise_equal(grad, want, what=f"gradient in place, {form}")
+    saturated = torch.full(saturated_shape(x.shape, form.group_size), -1, dtype=torch.int32)
+    values = cpu.fake_quantize(x, form, saturated=saturated, isa=isa)
+    assert_bitwise_equal(values, form.dequantize(q, x.dtype), what=f"values beside marks, {form}")
+    assert_bitwise_equal(saturated, _reference_marked(x, *_arguments(form))[1], what=f"marks, {form}")
+    cpu.clear_saturated_(marked, saturated, form.group_size, isa=isa)
+    assert_bitwise_equal(marked, want, what=f"gradient by marks, {form}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -83,6 +91,37 @@ def test_every_value_of_16_bits_beside_a_larger_one(mapping: MappingType, dtype:
         rows = torch.cat([finite, bound.expand(len(finite), 2)], dim=1) * factor
         for bits in (2, 3, 4, 8):
             check(rows, integer_format(bits, group_size=64, mapping=mapping), isa)
+
+
+def test_every_mantissa_of_every_exponent_beside_every_smaller_number(isa: str):
+    """By table where there is one, and at its ends, where groups are computed."""
+    levels = torch.arange(640)
+    for form in (
+        integer_format(4, group_size=64),
+        integer_format(2, group_size=64, scale_dtype=torch.float16),
+        AffineFormat(0, 15, 64, scale_dtype=torch.float32, compute_dtype=torch.float32, eps=1e-12),
+    ):
+        table = lookup_table(form, torch.bfloat16)
+        assert table is not None
+        middle = (table.first_key + table.last_key) // 2
+        for first in (table.first_key - 300, middle - 64, table.last_key - 100):
+            keys = torch.arange(first, first + 400, 3)[:, None]
+            below = (keys - levels).clamp(min=0).unflatten(1, (-1, 32))
+            signs = torch.where(torch.arange(32) % 3 == 1, -(2**15), 0)
+            rows = torch.cat([keys[:, None].expand(-1, below.shape[1], 32), below], dim=-1)
+            rows[..., 1:32] = 0
+            x = (rows + torch.cat([signs, signs.roll(1)])).clamp(max=0x7F7F).to(torch.int16).view(torch.bfloat16)
+            check(x.flatten(1), form, isa)
+            check(-x.flatten(1), form, isa)
+
+
+def test_which_formats_have_a_table():
+    for bits, has in ((1, True), (2, True), (4, True), (5, False), (8, False)):
+        assert (lookup_table(integer_format(bits, group_size=32), torch.bfloat16) is not None) == has
+    assert lookup_table(integer_format(4, mapping=MappingType.ASYMMETRIC), torch.bfloat16) is None
+    assert lookup_table(integer_format(4), torch.float16) is None
+    assert lookup_table(integer_format(4, eps=1e30), torch.bfloat16).exponent > (100 + 127) << 7
+    assert lookup_table(integer_format(4, eps=1e38), torch.bfloat16) is None  # no scale follows its group
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -19,9 +19,12 @@ import torch
 
 from aotrain.formats import AffineFormat, AffineTensor, MappingType
 from aotrain.kernels.fake_quantize import (
+    clear_saturated_,
     fake_quantize_affine,
     fake_quantize_affine_backward,
     fake_quantize_affine_backward_,
+    fake_quantize_affine_marked,
+    marks_pay,
 )
 from aotrain.quantization.schemes.base import Encoded, TensorScheme, refuse_given
 
@@ -80,9 +83,18 @@ class AffineScheme(TensorScheme):
         passed = fake_quantize_affine_backward(grad, x.detach(), self.format)
         return self._with_scale_gradient(passed, grad, x.detach()) if self.scale_gradient else passed
 
-    def pass_gradient_(self, grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    def marked_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if self.scale_gradient or not marks_pay(x):
+            return self.values(x), None
+        return fake_quantize_affine_marked(x.detach(), self.format)
+
+    def pass_gradient_(
+        self, grad: torch.Tensor, x: torch.Tensor, saturated: torch.Tensor | None = None
+    ) -> torch.Tensor:
         if self.scale_gradient:
             return self.pass_gradient(grad, x)
+        if saturated is not None:
+            return clear_saturated_(grad, saturated, self.format)
         return fake_quantize_affine_backward_(grad, x.detach(), self.format)
 
     def _with_scale_gradient(self, passed: torch.Tensor, grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -78,8 +78,20 @@ class TensorScheme(ABC):
         """
         return grad
 
-    def pass_gradient_(self, grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """`pass_gradient` of a grad that nobody else needs: may write into it, and returns it or another tensor."""
+    def marked_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`values` for a backward pass, and what spares `pass_gradient_` a look at x; None: nothing does."""
+        return self.values(x), None
+
+    def pass_gradient_(
+        self, grad: torch.Tensor, x: torch.Tensor, saturated: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`pass_gradient` of a grad that nobody else needs: may write into it, and returns it or another tensor.
+
+        Args:
+            grad: as for `pass_gradient`.
+            x: what was encoded.
+            saturated: what `marked_values(x)` returned; None is always right.
+        """
         return self.pass_gradient(grad, x)
 
 
