@@ -7,6 +7,7 @@ from array import array
 import torch
 
 from aotrain.formats import AffineFormat, MappingType, ZeroPointDomain
+from aotrain.kernels._buffers import empty
 from aotrain.kernels._fake_quantize_table import Table, lookup_table
 from aotrain.kernels._native import native_library
 
@@ -56,7 +57,7 @@ def fake_quantize(
     """
     x = x.contiguous()
     grad = None if grad is None else grad.contiguous()
-    out = x.new_empty(x.shape) if out is None else out
+    out = empty(x.shape, x.dtype) if out is None else out
     size = x.shape[-1] if form.group_size is None else form.group_size
     pointers = (x.data_ptr(), 0 if grad is None else grad.data_ptr(), out.data_ptr())
     marks = 0 if saturated is None else saturated.data_ptr()

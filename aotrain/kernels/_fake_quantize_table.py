@@ -76,7 +76,7 @@ def lookup_table(form: AffineFormat, dtype: torch.dtype) -> Table | None:
 
 
 def _exponents(form: AffineFormat) -> tuple[int, int]:
-    """Exponents of largest magnitudes whose scales are normal numbers, and their reciprocals too, with a margin of 2."""
+    """Exponents of largest magnitudes whose scales and their reciprocals are normal numbers, with a margin of 2."""
     stored, half_range = torch.finfo(form.scale_dtype or torch.bfloat16), (form.quant_max - form.quant_min) / 2
     smallest = max(form.smallest_scale(form.compute_dtype or torch.bfloat16), stored.smallest_normal)
     low = math.ceil(math.log2(2 * smallest * half_range))

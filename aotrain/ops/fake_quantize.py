@@ -6,7 +6,8 @@ differentiated.
 
 Nothing but the tensors themselves is kept for backward. `fake_quantized_linear` keeps the layer's input and parameters,
 as a plain linear layer does, and makes the values again: no copy of the weight and no mask lives between the passes.
-Within backward, whoever makes the values may leave marks of what saturated for the gradient that comes later.
+Within backward, whoever makes the values may leave marks of what saturated for the gradient that comes later. On a CPU
+the memory of the last values, at most 64 MiB of a thread, is kept to be written again (`kernels._buffers`).
 """
 
 from typing import Any, Protocol
