@@ -7,6 +7,7 @@ from array import array
 import torch
 
 from aotrain.formats import AffineFormat, MappingType, ZeroPointDomain
+from aotrain.formats.scale_gradient import constant_below
 from aotrain.kernels._buffers import empty
 from aotrain.kernels._fake_quantize_table import Table, lookup_table
 from aotrain.kernels._native import native_library
@@ -43,6 +44,7 @@ def fake_quantize(
     grad: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     saturated: torch.Tensor | None = None,
+    with_scales: bool = False,
     isa: str | None = None,
 ) -> torch.Tensor:
     """Values of x's codes, or the gradient of x from theirs, for a tensor without `problem`.
@@ -53,6 +55,7 @@ def fake_quantize(
         grad: gradient of the values, in x's shape and dtype.
         out: contiguous; default a new tensor. May be grad.
         saturated: contiguous int32 in the shape of `fake_quantize.saturated_shape`, written with the values.
+        with_scales: whether the gradient is also that of scales, for a format whose scales follow the maximum.
         isa: instruction set; default the fastest. Tests choose.
     """
     x = x.contiguous()
@@ -62,7 +65,8 @@ def fake_quantize(
     pointers = (x.data_ptr(), 0 if grad is None else grad.data_ptr(), out.data_ptr())
     marks = 0 if saturated is None else saturated.data_ptr()
     constants, _ = _constants(form, x.dtype)
-    _call("aotrain_fake_quantize", (*pointers, x.numel() // size, size, *constants, marks), isa)
+    sizes = (x.numel() // size, size)
+    _call("aotrain_fake_quantize", (*pointers, *sizes, *constants, int(with_scales), marks), isa)
     return out
 
 
@@ -93,7 +97,12 @@ def _constants(form: AffineFormat, dtype: torch.dtype) -> tuple[tuple[int, ...],
     numbers = (
         *(form.quant_min, form.quant_max, zero_point, _MAPPINGS[form.mapping]),
         *(_INPUTS[dtype], _INPUTS[form.scale_dtype or dtype], int(compute == torch.float32)),
-        int(torch.tensor(form.smallest_scale(compute), dtype=torch.float32, device="cpu").view(torch.int32)),
+        _bits(form.smallest_scale(compute)),
         *((0,) * 6 if table is None else (table.rows.data_ptr(), *table[1:])),
+        _bits(constant_below(form, dtype)),
     )
     return numbers, table
+
+
+def _bits(x: float) -> int:
+    return int(torch.tensor(x, dtype=torch.float32, device="cpu").view(torch.int32))

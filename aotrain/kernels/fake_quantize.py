@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 
 from aotrain.formats import AffineFormat, MappingType, ZeroPointDomain
+from aotrain.formats.scale_gradient import follows_maximum, gradient_with_scales
 from aotrain.kernels import _fake_quantize_cpu
 from aotrain.kernels._dispatch import MIN_CAPABILITY, triton_problem, warn_slow
 from aotrain.kernels._library import LIBRARY
@@ -31,6 +32,10 @@ LIBRARY.define(f"fake_quantize_affine_marked(Tensor x, {_FORMAT}) -> (Tensor, Te
 LIBRARY.define("clear_saturated_(Tensor(a!) grad, Tensor saturated, int? group_size) -> ()")
 LIBRARY.define(f"fake_quantize_affine_backward(Tensor grad, Tensor x, {_FORMAT}) -> Tensor", tags=_TAGS)
 LIBRARY.define(f"fake_quantize_affine_backward_(Tensor(a!) grad, Tensor x, {_FORMAT}) -> ()", tags=_TAGS)
+for suffix, result, grad in (("", "Tensor", "Tensor grad"), ("_", "()", "Tensor(a!) grad")):
+    LIBRARY.define(
+        f"fake_quantize_affine_backward_with_scales{suffix}({grad}, Tensor x, {_FORMAT}) -> {result}", tags=_TAGS
+    )
 
 # What an op takes for an AffineFormat.
 _Arguments = tuple[int, int, int | None, str, str, torch.dtype | None, torch.dtype | None, float | None]
@@ -66,6 +71,26 @@ def fake_quantize_affine_backward(grad: torch.Tensor, x: torch.Tensor, form: Aff
 def fake_quantize_affine_backward_(grad: torch.Tensor, x: torch.Tensor, form: AffineFormat) -> torch.Tensor:
     """`fake_quantize_affine_backward` into its first argument, which it returns: touches only what saturates."""
     torch.ops.aotrain.fake_quantize_affine_backward_(grad, x, *_arguments(form))
+    return grad
+
+
+def fake_quantize_affine_backward_with_scales(grad: torch.Tensor, x: torch.Tensor, form: AffineFormat) -> torch.Tensor:
+    """Gradient of x, scales included: `formats.scale_gradient.gradient_with_scales`; contiguous.
+
+    Args:
+        grad: gradient of the values, in the shape of x, any floating dtype.
+        x: [..., K] as for `fake_quantize_affine`.
+        form: a symmetric format without zero points.
+
+    Raises:
+        ValueError: another mapping, or as for `fake_quantize_affine_backward`.
+    """
+    return torch.ops.aotrain.fake_quantize_affine_backward_with_scales(grad, x, *_arguments(form))
+
+
+def fake_quantize_affine_backward_with_scales_(grad: torch.Tensor, x: torch.Tensor, form: AffineFormat) -> torch.Tensor:
+    """`fake_quantize_affine_backward_with_scales` into its first argument, which it returns."""
+    torch.ops.aotrain.fake_quantize_affine_backward_with_scales_(grad, x, *_arguments(form))
     return grad
 
 
@@ -195,6 +220,15 @@ def _reference_backward_(grad: torch.Tensor, x: torch.Tensor, *arguments: int) -
     grad.copy_(_reference_backward(grad, x, *arguments))
 
 
+def _reference_with_scales(grad: torch.Tensor, x: torch.Tensor, *arguments: int) -> torch.Tensor:
+    _check_grad(grad, x)
+    return gradient_with_scales(grad, x, _format(*arguments))
+
+
+def _reference_with_scales_(grad: torch.Tensor, x: torch.Tensor, *arguments: int) -> None:
+    grad.copy_(_reference_with_scales(grad, x, *arguments))
+
+
 def _check_grad(grad: torch.Tensor, x: torch.Tensor) -> None:
     if grad.shape != x.shape:
         raise ValueError(
@@ -247,6 +281,22 @@ def _cpu_backward_(grad: torch.Tensor, x: torch.Tensor, *arguments: int) -> None
         grad.copy_(_cpu_backward(grad, x, *arguments))
         return
     _fake_quantize_cpu.fake_quantize(x, form, grad, out=grad)
+
+
+def _cpu_with_scales(grad: torch.Tensor, x: torch.Tensor, *arguments: int) -> torch.Tensor:
+    form = _format(*arguments)
+    if not follows_maximum(form) or grad.shape != x.shape or grad.dtype != x.dtype or not _cpu_takes(x, form):
+        return _reference_with_scales(grad, x, *arguments)
+    return _fake_quantize_cpu.fake_quantize(x, form, grad, with_scales=True)
+
+
+def _cpu_with_scales_(grad: torch.Tensor, x: torch.Tensor, *arguments: int) -> None:
+    form = _format(*arguments)
+    takes = follows_maximum(form) and grad.shape == x.shape and grad.dtype == x.dtype and grad.is_contiguous()
+    if not takes or not _cpu_takes(x, form):
+        grad.copy_(_cpu_with_scales(grad, x, *arguments))
+        return
+    _fake_quantize_cpu.fake_quantize(x, form, grad, out=grad, with_scales=True)
 
 
 def _triton_takes(x: torch.Tensor, form: AffineFormat) -> bool:
@@ -327,3 +377,9 @@ LIBRARY.impl("fake_quantize_affine_backward_", _reference_backward_, "CompositeE
 LIBRARY.impl("fake_quantize_affine_backward_", _cpu_backward_, "CPU")
 LIBRARY.impl("fake_quantize_affine_backward_", _cuda_backward_, "CUDA")
 torch.library.register_fake("aotrain::fake_quantize_affine_backward_", _fake_backward_, lib=LIBRARY)
+LIBRARY.impl("fake_quantize_affine_backward_with_scales", _reference_with_scales, "CompositeExplicitAutograd")
+LIBRARY.impl("fake_quantize_affine_backward_with_scales", _cpu_with_scales, "CPU")
+torch.library.register_fake("aotrain::fake_quantize_affine_backward_with_scales", _fake_backward, lib=LIBRARY)
+LIBRARY.impl("fake_quantize_affine_backward_with_scales_", _reference_with_scales_, "CompositeExplicitAutograd")
+LIBRARY.impl("fake_quantize_affine_backward_with_scales_", _cpu_with_scales_, "CPU")
+torch.library.register_fake("aotrain::fake_quantize_affine_backward_with_scales_", _fake_backward_, lib=LIBRARY)

@@ -8,6 +8,7 @@
 #include "fake_quantize.h"
 
 #include <algorithm>
+#include <vector>
 
 #define AOTRAIN_ISA scalar
 #include "fake_quantize_portable.h"

@@ -28,6 +28,8 @@ struct FakeQuantize {
     const uint16_t* table;                         // see Lookup; null where the values are computed
     int64_t first_key, last_key;                   // the largest magnitudes of groups that it is for, as bfloat16 bits
     int64_t exponent, nonzero, highest_step;       // of its values: bits, a bit each; the last step that has a code
+    int64_t constant_below;  // bits of a float: up to this largest magnitude, a scale is a constant
+    int64_t with_scales;     // whether a gradient is also that of the scales (aotrain/formats/scale_gradient.py)
     uint32_t* saturated;  // null, or, to make values: a bit per element without a code, groups padded to whole words
 };
 
@@ -48,6 +50,9 @@ struct Scales {
     alignas(64) float smallest[kGroups], largest[kGroups];  // with 0
     alignas(64) float scale[kGroups], inverse[kGroups];
     alignas(64) float low[kGroups], high[kGroups];  // the codes' bounds less the zero point
+    alignas(64) uint32_t key[kGroups];  // of AVX-512 alone: bits of the largest magnitude of a symmetric mapping
+    alignas(64) float total[kGroups];   // sum of what is due to the scale
+    alignas(64) int64_t where[kGroups];  // first element of largest magnitude
 };
 
 // A call that clears what saturated.

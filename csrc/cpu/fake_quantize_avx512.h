@@ -9,164 +9,9 @@
 #include "fake_quantize_portable.h"
 #undef AOTRAIN_ISA
 
+#include "fake_quantize_dtypes_avx512.h"
+
 namespace aotrain::avx512 {
-
-inline __m512 as_float(__m512i x) { return _mm512_castsi512_ps(x); }
-inline __m512i as_int(__m512 x) { return _mm512_castps_si512(x); }
-inline __m512i all(uint32_t x) { return _mm512_set1_epi32(static_cast<int32_t>(x)); }
-
-// Which of 32 elements to load or store: all of them, or the first few.
-struct Every {
-    static __mmask32 mask() { return ~__mmask32{0}; }
-    static __m512i load16(const void* x) { return _mm512_loadu_si512(x); }
-    static __m512i load32(const void* x, int half) { return _mm512_loadu_si512(static_cast<const char*>(x) + 64 * half); }
-    static void store16(void* to, __m512i x) { _mm512_storeu_si512(to, x); }
-    static void store32(void* to, int half, __m512i x) { _mm512_storeu_si512(static_cast<char*>(to) + 64 * half, x); }
-};
-
-struct First {
-    __mmask32 k;
-    __mmask32 mask() const { return k; }
-    explicit First(int64_t n) : k((uint32_t{1} << n) - 1) {}  // n < 32
-    __mmask16 of_half(int half) const { return static_cast<__mmask16>(k >> (16 * half)); }
-    __m512i load16(const void* x) const { return _mm512_maskz_loadu_epi16(k, x); }
-    __m512i load32(const void* x, int half) const {
-        return _mm512_maskz_loadu_epi32(of_half(half), static_cast<const char*>(x) + 64 * half);
-    }
-    void store16(void* to, __m512i x) const { _mm512_mask_storeu_epi16(to, k, x); }
-    void store32(void* to, int half, __m512i x) const {
-        _mm512_mask_storeu_epi32(static_cast<char*>(to) + 64 * half, of_half(half), x);
-    }
-};
-
-// 32 elements at a time of n: function(index of the first, which of them).
-template <class Function>
-inline void for_each_32(int64_t n, const Function& function) {
-    int64_t i = 0;
-    for (; i + 32 <= n; i += 32) function(i, Every{});
-    if (i < n) function(i, First(n - i));
-}
-
-// Each dtype: two vectors with the numbers of 32 elements in an order of its own; storing such numbers, rounded, and
-// storing those of 32 gradients whose bits are set in two masks of that order, and these as one; keys (see key_of) that are folded with
-// an operation; and 2^k for which x + 2^k * (the power of two below x) rounds x to the dtype.
-
-// key_of of integers of 32 bits, and the way back.
-inline __m512i bits_of_keys(__m512i keys, uint32_t magnitude) {
-    return _mm512_ternarylogic_epi32(keys, _mm512_srai_epi32(keys, 31), all(magnitude), 0x78);
-}
-
-struct Words {
-    static __m512i max(__m512i a, __m512i b) { return _mm512_max_epi16(a, b); }
-    static __m512i min(__m512i a, __m512i b) { return _mm512_min_epi16(a, b); }
-    static __m512i keys(__m512i x) {  // x ^ (x < 0 ? 0x7FFF : 0)
-        return _mm512_ternarylogic_epi32(x, _mm512_srai_epi16(x, 15), all(0x7FFF7FFF), 0x78);
-    }
-    static __m512i magnitudes(__m512i x) { return _mm512_and_si512(x, all(0x7FFF7FFF)); }
-    template <class Which, class Function>
-    static void each_vector(const uint16_t* x, Which which, const Function& function) {
-        function(which.load16(x));
-    }
-    // The halves of each element's 32 bits, folded, as an integer of 32 bits.
-    static __m512i fold_max(__m512i x) {
-        return _mm512_max_epi32(_mm512_srai_epi32(x, 16), _mm512_srai_epi32(_mm512_slli_epi32(x, 16), 16));
-    }
-    static __m512i fold_min(__m512i x) {
-        return _mm512_min_epi32(_mm512_srai_epi32(x, 16), _mm512_srai_epi32(_mm512_slli_epi32(x, 16), 16));
-    }
-};
-
-struct Bfloat16 : Words {
-    using Portable = avx512_portable::Bfloat16;
-    static constexpr float kSplit = 0x1p16f;
-    template <class Which>
-    static void load_pair(const uint16_t* x, Which which, __m512 value[2]) {
-        const __m512i words = which.load16(x);
-        value[0] = as_float(_mm512_slli_epi32(words, 16));
-        value[1] = as_float(_mm512_and_si512(words, all(0xFFFF0000)));
-    }
-    static __m512 value_of_keys(__m512i keys) { return as_float(_mm512_slli_epi32(bits_of_keys(keys, 0x7FFF), 16)); }
-    static __m512 round(__m512 x) { return as_float(_mm512_and_si512(rounded(x), all(0xFFFF0000))); }
-    static __m512i rounded(__m512 x) {
-        const __m512i bits = as_int(x), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), all(1));
-        return _mm512_add_epi32(_mm512_add_epi32(bits, all(0x7FFF)), odd);
-    }
-    template <class Which>
-    static void store_pair(uint16_t* to, Which which, const __m512 value[2]) {
-        const __m512i low = _mm512_srli_epi32(rounded(value[0]), 16), high = rounded(value[1]);
-        which.store16(to, _mm512_ternarylogic_epi32(low, high, all(0xFFFF0000), 0xF8));
-    }
-    static uint32_t in_order(const __mmask16 inside[2]) {
-        return _pdep_u32(inside[0], 0x55555555) | _pdep_u32(inside[1], 0xAAAAAAAA);
-    }
-    template <class Which>
-    static void keep(const uint16_t* from, uint16_t* to, Which which, const __mmask16 inside[2]) {
-        const __m512i words = which.load16(from);
-        const __m512i low = _mm512_maskz_and_epi32(inside[0], words, all(0x0000FFFF));
-        const __m512i both = _mm512_mask_or_epi32(low, inside[1], low, _mm512_and_si512(words, all(0xFFFF0000)));
-        which.store16(to, both);
-    }
-};
-
-struct Float16 : Words {
-    using Portable = avx512_portable::Float16;
-    static constexpr float kSplit = 0x1p13f;
-    static constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-    template <class Which>
-    static void load_pair(const uint16_t* x, Which which, __m512 value[2]) {
-        const __m512i words = which.load16(x);
-        value[0] = _mm512_cvtph_ps(_mm512_castsi512_si256(words));
-        value[1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(words, 1));
-    }
-    static __m512 value_of_keys(__m512i keys) {
-        return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(bits_of_keys(keys, 0x7FFF)));
-    }
-    static __m512 round(__m512 x) { return _mm512_cvtph_ps(_mm512_cvtps_ph(x, kNearest)); }
-    template <class Which>
-    static void store_pair(uint16_t* to, Which which, const __m512 value[2]) {
-        const __m256i low = _mm512_cvtps_ph(value[0], kNearest), high = _mm512_cvtps_ph(value[1], kNearest);
-        which.store16(to, _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
-    }
-    static uint32_t in_order(const __mmask16 inside[2]) { return _mm512_kunpackw(inside[1], inside[0]); }
-    template <class Which>
-    static void keep(const uint16_t* from, uint16_t* to, Which which, const __mmask16 inside[2]) {
-        const auto kept = static_cast<__mmask32>(_mm512_kunpackw(inside[1], inside[0]));
-        which.store16(to, _mm512_maskz_mov_epi16(kept, which.load16(from)));
-    }
-};
-
-struct Float32 {
-    using Portable = avx512_portable::Float32;
-    static constexpr float kSplit = 0;
-    static __m512i max(__m512i a, __m512i b) { return _mm512_max_epi32(a, b); }
-    static __m512i min(__m512i a, __m512i b) { return _mm512_min_epi32(a, b); }
-    static __m512i fold_max(__m512i x) { return x; }
-    static __m512i fold_min(__m512i x) { return x; }
-    static __m512i keys(__m512i x) {
-        return _mm512_ternarylogic_epi32(x, _mm512_srai_epi32(x, 31), all(0x7FFFFFFF), 0x78);
-    }
-    static __m512i magnitudes(__m512i x) { return _mm512_and_si512(x, all(0x7FFFFFFF)); }
-    static __m512 value_of_keys(__m512i keys) { return as_float(bits_of_keys(keys, 0x7FFFFFFF)); }
-    static __m512 round(__m512 x) { return x; }
-    template <class Which, class Function>
-    static void each_vector(const uint32_t* x, Which which, const Function& function) {
-        for (int half = 0; half < 2; half++) function(which.load32(x, half));
-    }
-    template <class Which>
-    static void load_pair(const uint32_t* x, Which which, __m512 value[2]) {
-        for (int half = 0; half < 2; half++) value[half] = as_float(which.load32(x, half));
-    }
-    template <class Which>
-    static void store_pair(uint32_t* to, Which which, const __m512 value[2]) {
-        for (int half = 0; half < 2; half++) which.store32(to, half, as_int(value[half]));
-    }
-    static uint32_t in_order(const __mmask16 inside[2]) { return _mm512_kunpackw(inside[1], inside[0]); }
-    template <class Which>
-    static void keep(const uint32_t* from, uint32_t* to, Which which, const __mmask16 inside[2]) {
-        for (int half = 0; half < 2; half++)
-            which.store32(to, half, _mm512_maskz_mov_epi32(inside[half], which.load32(from, half)));
-    }
-};
 
 // Keys of group elements, folded to one vector; `Magnitudes` instead of keys for their maximum alone.
 template <class In, bool Magnitudes>
@@ -238,6 +83,7 @@ inline void find_scales(const FakeQuantize& f, __m512i smallest, __m512i largest
     __m512 inverse = _mm512_div_ps(_mm512_set1_ps(1.0f), scale);
     if (Narrow) inverse = Round::round(inverse);
     const __m512 nan = _mm512_set1_ps(__builtin_nanf(""));
+    _mm512_store_si512(s.key, largest);
     _mm512_store_ps(s.scale, _mm512_mask_blend_ps(regular, nan, scale));
     _mm512_store_ps(s.inverse, _mm512_mask_blend_ps(regular, nan, inverse));
     _mm512_store_ps(s.low, _mm512_sub_ps(_mm512_set1_ps(kRound + lowest), zero_point));
@@ -328,6 +174,58 @@ inline void write_gradient(const typename In::Portable::Bits* x, const typename 
     });
 }
 
+// Neighbours first, as pairwise_sum of scale_gradient.py.
+inline float sum_pairwise(__m512 x) {
+    x = _mm512_add_ps(x, _mm512_permute_ps(x, 0xB1));
+    x = _mm512_add_ps(x, _mm512_permute_ps(x, 0x4E));
+    x = _mm512_add_ps(x, _mm512_shuffle_f32x4(x, x, 0xB1));
+    return _mm512_cvtss_f32(_mm512_add_ps(x, _mm512_shuffle_f32x4(x, x, 0x4E)));
+}
+
+// Of 32 elements, the sum of what is due to the scale.
+template <class In>
+inline float sum_due(const __m512 x[2], const __m512 value[2], const __m512 grad[2], const __mmask16 inside[2]) {
+    __m512 due[2];
+    for (int h = 0; h < 2; h++) {
+        // Signs of zeros do not matter to a sum that 0 is added to.
+        const __m512 straight = _mm512_maskz_mul_ps(inside[h], grad[h], x[h]);
+        due[h] = _mm512_sub_ps(_mm512_mul_ps(grad[h], value[h]), straight);
+    }
+    return sum_pairwise(In::sum_neighbours(due));
+}
+
+// As in fake_quantize_portable.h; `terms` has room for a sum of each 32 elements and one more.
+template <class In, bool Narrow>
+inline void write_gradient_with_scales(const FakeQuantize& f, int64_t at, Scales& s, int64_t j, float* terms) {
+    using Bits = typename In::Portable::Bits;
+    const auto *x = static_cast<const Bits*>(f.x) + at, *grad = static_cast<const Bits*>(f.grad) + at;
+    auto* out = static_cast<Bits*>(f.out) + at;
+    const __m512 scale = _mm512_set1_ps(s.scale[j]), inverse = _mm512_set1_ps(s.inverse[j]);
+    const __m512 low = _mm512_set1_ps(s.low[j]), high = _mm512_set1_ps(s.high[j]), round = _mm512_set1_ps(kRound);
+    const uint32_t largest = s.key[j];
+    int64_t where = -1;
+    for_each_32(f.size, [&](int64_t i, auto which) {
+        __m512 value[2], element[2], gradient[2];
+        __mmask16 inside[2];
+        In::load_pair(x + i, which, element);
+        In::load_pair(grad + i, which, gradient);
+        for (int h = 0; h < 2; h++) value[h] = steps_of<In, Narrow>(element[h], inverse);
+        find_inside(value, low, high, inside);
+        for (auto& v : value) {
+            const __m512 code = _mm512_min_ps(_mm512_max_ps(v, low), high);
+            v = In::round(_mm512_mul_ps(_mm512_sub_ps(code, round), scale));
+        }
+        In::keep(grad + i, out + i, which, inside);
+        terms[i / 32] = sum_due<In>(element, value, gradient, inside);
+        if (where < 0) {
+            const uint32_t found = In::find(x + i, which, largest) & which.mask();
+            if (found) where = i + __builtin_ctz(found);
+        }
+    });
+    s.total[j] = avx512_portable::sum_pairwise(terms, words_of(f.size));
+    s.where[j] = where;
+}
+
 // What lies in the first cache from the bounds to the values.
 inline int64_t groups_at_once(const FakeQuantize& f) { return f.size >= 2048 ? 1 : f.size >= 256 ? 4 : kGroups; }
 
@@ -338,19 +236,23 @@ void group_range(const FakeQuantize& f, int64_t first, int64_t last) {
     const auto *x = static_cast<const Bits*>(f.x), *grad = static_cast<const Bits*>(f.grad);
     auto* out = static_cast<Bits*>(f.out);
     const int64_t few = groups_at_once(f);
+    std::vector<float> terms(f.with_scales ? words_of(f.size) + 1 : 0);
     for (int64_t group = first; group < last; group += few) {
         const int64_t n = last - group < few ? last - group : few;
         find_scales<In, Round, Narrow>(f, group, n, s);
         for (int64_t j = 0; j < n; j++) {
             const int64_t at = (group + j) * f.size;
             uint32_t* saturated = f.saturated ? f.saturated + (group + j) * words_of(f.size) : nullptr;
-            if (grad)
+            if (f.with_scales)
+                write_gradient_with_scales<In, Narrow>(f, at, s, j, terms.data());
+            else if (grad)
                 write_gradient<In, Narrow>(x + at, grad + at, out + at, f.size, s, j);
             else if (s.scale[j] != s.scale[j])
                 write_nan<In>(out + at, f.size, saturated);
             else
                 write_values<In, Narrow>(x + at, out + at, f.size, s, j, saturated);
         }
+        if (f.with_scales) avx512_portable::add_due<typename In::Portable>(f, group, n, s);
     }
 }
 
@@ -388,7 +290,7 @@ inline void clear_range(const Clear& c, int64_t first, int64_t last) {
 }
 
 inline GroupRange select(const FakeQuantize& f) {
-    if (f.table) return f.size == 32 ? lookup_range<32> : lookup_range<0>;
+    if (f.table && !f.with_scales) return f.size == 32 ? lookup_range<32> : lookup_range<0>;
     if (f.input == kFloat32Input) return group_range<Float32, Float32, false>;
     return f.input == kBfloat16Input ? select_arithmetic<Bfloat16>(f) : select_arithmetic<Float16>(f);
 }

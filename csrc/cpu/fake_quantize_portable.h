@@ -191,9 +191,55 @@ inline void write_gradient(const FakeQuantize& f, int64_t at, const Scales& s, i
     }
 }
 
+// n sums, and room for one more, to their sum: neighbours first.
+inline float sum_pairwise(float* x, int64_t n) {
+    for (; n > 1; n = (n + 1) / 2) {
+        x[n] = 0;
+        for (int64_t i = 0; i < n; i += 2) x[i / 2] = x[i] + x[i + 1];
+    }
+    return x[0] + 0.0f;
+}
+
+// The straight-through gradient, and what the scale's own is made of. `terms` has room for a group and one more.
+template <class In, bool Narrow>
+inline void write_gradient_with_scales(const FakeQuantize& f, int64_t at, Scales& s, int64_t j, float* terms) {
+    using Bits = typename In::Bits;
+    constexpr auto kMagnitude = static_cast<Bits>(static_cast<Bits>(-1) >> 1);
+    const auto* x = static_cast<const Bits*>(f.x) + at;
+    const auto* grad = static_cast<const Bits*>(f.grad) + at;
+    auto* out = static_cast<Bits*>(f.out) + at;
+    const float low = s.low[j], high = s.high[j], scale = s.scale[j], inverse = s.inverse[j];
+    int64_t where = 0;
+    for (int64_t i = 0; i < f.size; i++) {
+        const float step = step_of<In, Narrow>(x[i], inverse);
+        const float code = step < low ? low : step > high ? high : step, g = In::value(grad[i]);
+        const Bits kept = step >= low && step <= high ? grad[i] : Bits{0};
+        terms[i] = g * In::value(In::bits(code * scale)) - In::value(kept) * In::value(x[i]);
+        out[i] = kept;
+        if ((x[i] & kMagnitude) > (x[where] & kMagnitude)) where = i;
+    }
+    s.total[j] = sum_pairwise(terms, f.size);
+    s.where[j] = where;
+}
+
+// What is due to scales goes to the elements that they follow.
+template <class In>
+inline void add_due(const FakeQuantize& f, int64_t group, int64_t n, const Scales& s) {
+    const float bound = bits_as<float>(static_cast<uint32_t>(f.constant_below));
+    for (int64_t j = 0; j < n; j++) {
+        const int64_t at = (group + j) * f.size + s.where[j];
+        auto& out = static_cast<typename In::Bits*>(f.out)[at];
+        const float extreme = In::value(static_cast<const typename In::Bits*>(f.x)[at]);
+        const bool follows = (extreme < 0 ? -extreme : extreme) > bound && s.scale[j] == s.scale[j];
+        const float moved = In::value(out) + (follows ? s.total[j] / extreme : 0.0f);
+        out = moved != moved ? In::kNan : In::bits(moved);
+    }
+}
+
 template <class In, class Round, bool Narrow>
 void group_range(const FakeQuantize& f, int64_t first, int64_t last) {
     Scales s{};
+    std::vector<float> terms(f.with_scales ? f.size + 1 : 0);
     for (int64_t group = first; group < last; group += kGroups) {
         const int64_t n = last - group < kGroups ? last - group : kGroups;
         find_bounds<In>(f, group, n, s);
@@ -202,13 +248,16 @@ void group_range(const FakeQuantize& f, int64_t first, int64_t last) {
             const int64_t at = (group + j) * f.size;
             if (f.saturated)
                 write_saturated<In, Narrow>(f, at, s, j, f.saturated + (group + j) * words_of(f.size));
-            if (f.grad)
+            if (f.with_scales)
+                write_gradient_with_scales<In, Narrow>(f, at, s, j, terms.data());
+            else if (f.grad)
                 write_gradient<In, Narrow>(f, at, s, j);
             else if (s.scale[j] != s.scale[j])
                 fill_nan<In>(f.out, at, f.size);
             else
                 write_values<In, Narrow>(f, at, s, j);
         }
+        if (f.with_scales) add_due<In>(f, group, n, s);
     }
 }
 

@@ -1,11 +1,13 @@
 """The fake-quantization ops: schema, fakes, shapes, refusals, and which implementation a tensor takes."""
 
+import itertools
 import warnings
 
 import pytest
 import torch
 
 from aotrain.formats import AffineFormat, MappingType, ZeroPointDomain, integer_format
+from aotrain.formats.scale_gradient import gradient_with_scales
 from aotrain.kernels import _dispatch, _fake_quantize_cpu
 from aotrain.kernels import fake_quantize as ops
 from aotrain.kernels.fake_quantize import (
@@ -13,6 +15,8 @@ from aotrain.kernels.fake_quantize import (
     fake_quantize_affine,
     fake_quantize_affine_backward,
     fake_quantize_affine_backward_,
+    fake_quantize_affine_backward_with_scales,
+    fake_quantize_affine_backward_with_scales_,
     fake_quantize_affine_marked,
 )
 from aotrain.testing import assert_bitwise_equal
@@ -61,6 +65,30 @@ def test_equals_the_definition(shape: tuple[int, ...], name: str):
                     assert_bitwise_equal(own, want.to(own.dtype))
 
 
+@pytest.mark.parametrize("shape", [(3, 64), (2, 3, 32), (64,), (0, 32)], ids=str)
+def test_gradients_of_scales_equal_the_definition(shape: tuple[int, ...]):
+    form = FORMATS["int4-g32"]
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        base = torch.randn((*shape, 2)).to(dtype)
+        grad = torch.randn(shape)
+        for x, g in itertools.product((base[..., 0].contiguous(), base[..., 0]), (grad, grad.to(dtype))):
+            want = gradient_with_scales(g, x, form)
+            assert_bitwise_equal(fake_quantize_affine_backward_with_scales(g, x, form), want)
+            for own in (g.clone(), torch.stack([g, g], dim=-1)[..., 0]):
+                assert fake_quantize_affine_backward_with_scales_(own, x, form) is own
+                assert_bitwise_equal(own, want)
+
+
+def test_gradients_of_scales_need_a_scale_that_follows_the_maximum():
+    x = torch.randn(2, 32)
+    for name in ("int8-asymmetric-row", "uint4-float-g32", "int1-never-clipping"):
+        for call in (fake_quantize_affine_backward_with_scales, fake_quantize_affine_backward_with_scales_):
+            with pytest.raises(ValueError, match="want a symmetric mapping without zero points"):
+                call(x, x, FORMATS[name])
+    with pytest.raises(ValueError, match=r"grad of shape \(1, 32\)"):
+        fake_quantize_affine_backward_with_scales(x[:1], x, FORMATS["int4-g32"])
+
+
 def test_marks_are_bits_of_whole_words():
     form = integer_format(4, group_size=48)
     x = torch.zeros(2, 96)
@@ -81,6 +109,11 @@ def test_opcheck(name: str):
         torch.library.opcheck(torch.ops.aotrain.fake_quantize_affine_backward, (grad, operand, *arguments))
         torch.library.opcheck(torch.ops.aotrain.fake_quantize_affine_backward_, (grad.clone(), operand, *arguments))
         torch.library.opcheck(torch.ops.aotrain.fake_quantize_affine_marked, (operand, *arguments))
+        if name == "int4-g32":
+            with_scales = torch.ops.aotrain.fake_quantize_affine_backward_with_scales
+            torch.library.opcheck(with_scales, (grad, operand, *arguments))
+            with_scales_ = torch.ops.aotrain.fake_quantize_affine_backward_with_scales_
+            torch.library.opcheck(with_scales_, (grad.clone(), operand, *arguments))
     _, saturated = fake_quantize_affine_marked(x, FORMATS[name])
     clear = (grad.clone(), saturated, FORMATS[name].group_size)
     torch.library.opcheck(torch.ops.aotrain.clear_saturated_, clear)

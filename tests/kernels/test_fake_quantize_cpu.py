@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from aotrain.formats import AffineFormat, MappingType, ZeroPointDomain, integer_format
+from aotrain.formats.scale_gradient import follows_maximum, gradient_with_scales
 from aotrain.kernels import _fake_quantize_cpu as cpu
 from aotrain.kernels._fake_quantize_table import lookup_table
 from aotrain.kernels.fake_quantize import _arguments, _reference_marked, kernel_gap, saturated_shape
@@ -54,6 +55,13 @@ def check(x: torch.Tensor, form: AffineFormat, isa: str) -> None:
     assert_bitwise_equal(saturated, _reference_marked(x, *_arguments(form))[1], what=f"marks, {form}")
     cpu.clear_saturated_(marked, saturated, form.group_size, isa=isa)
     assert_bitwise_equal(marked, want, what=f"gradient by marks, {form}")
+    if follows_maximum(form):
+        grad = torch.randn(x.shape).to(dtype=x.dtype)
+        want = gradient_with_scales(grad, x, form)
+        got = cpu.fake_quantize(x, form, grad, with_scales=True, isa=isa)
+        assert_bitwise_equal(got, want, what=f"gradient with scales, {form}")
+        assert cpu.fake_quantize(x, form, grad, out=grad, with_scales=True, isa=isa) is grad
+        assert_bitwise_equal(grad, want, what=f"gradient with scales in place, {form}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -142,6 +150,21 @@ def test_tails(size: int, groups: int, isa: str):
         x = torch.randn(2, size * groups).to(dtype)
         for mapping in (MappingType.SYMMETRIC, MappingType.ASYMMETRIC):
             check(x, integer_format(4, group_size=size, mapping=mapping), isa)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_that_are_not_finite_or_zero_beside_scales(dtype: torch.dtype, isa: str):
+    form = integer_format(3, group_size=32)
+    x = torch.randn(40, 96).to(dtype)
+    x[30] = 0
+    x[31] = torch.finfo(dtype).smallest_normal
+    x[32, 5] = x[32, 3] = -x[32].abs().max()  # the first of several
+    grad = torch.randn(40, 96).to(dtype)
+    grad[0, 3], grad[1, 40], grad[2, 63] = math.nan, math.inf, -math.inf
+    grad[3:6] = torch.finfo(dtype).max
+    grad[6], grad[7] = 0.0, -0.0
+    want = gradient_with_scales(grad, x, form)
+    assert_bitwise_equal(cpu.fake_quantize(x, form, grad, with_scales=True, isa=isa), want)
 
 
 def test_threads_do_not_change_the_bits():
