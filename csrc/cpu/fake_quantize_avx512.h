@@ -182,16 +182,32 @@ inline float sum_pairwise(__m512 x) {
     return _mm512_cvtss_f32(_mm512_add_ps(x, _mm512_shuffle_f32x4(x, x, 0x4E)));
 }
 
-// Of 32 elements, the sum of what is due to the scale.
+// Sixteen vectors to one, whose element j is the sum of vector j, in the same order.
+inline __m512 sum_vectors(const __m512 v[kGroups]) {
+    auto pairs = [](__m512 a, __m512 b) {
+        return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xDD));
+    };
+    auto lanes = [](__m512 a, __m512 b) {
+        return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD));
+    };
+    __m512 quarter[4];
+    for (int i = 0; i < 4; i++) {
+        const __m512* a = v + 4 * i;
+        quarter[i] = pairs(pairs(a[0], a[1]), pairs(a[2], a[3]));
+    }
+    return lanes(lanes(quarter[0], quarter[1]), lanes(quarter[2], quarter[3]));
+}
+
+// Of 32 elements, what is due to the scale, neighbours added.
 template <class In>
-inline float sum_due(const __m512 x[2], const __m512 value[2], const __m512 grad[2], const __mmask16 inside[2]) {
+inline __m512 find_due(const __m512 x[2], const __m512 value[2], const __m512 grad[2], const __mmask16 inside[2]) {
     __m512 due[2];
     for (int h = 0; h < 2; h++) {
         // Signs of zeros do not matter to a sum that 0 is added to.
         const __m512 straight = _mm512_maskz_mul_ps(inside[h], grad[h], x[h]);
         due[h] = _mm512_sub_ps(_mm512_mul_ps(grad[h], value[h]), straight);
     }
-    return sum_pairwise(In::sum_neighbours(due));
+    return In::sum_neighbours(due);
 }
 
 // As in fake_quantize_portable.h; `terms` has room for a sum of each 32 elements and one more.
@@ -216,7 +232,7 @@ inline void write_gradient_with_scales(const FakeQuantize& f, int64_t at, Scales
             v = In::round(_mm512_mul_ps(_mm512_sub_ps(code, round), scale));
         }
         In::keep(grad + i, out + i, which, inside);
-        terms[i / 32] = sum_due<In>(element, value, gradient, inside);
+        terms[i / 32] = sum_pairwise(find_due<In>(element, value, gradient, inside));
         if (where < 0) {
             const uint32_t found = In::find(x + i, which, largest) & which.mask();
             if (found) where = i + __builtin_ctz(found);
@@ -290,6 +306,7 @@ inline void clear_range(const Clear& c, int64_t first, int64_t last) {
 }
 
 inline GroupRange select(const FakeQuantize& f) {
+    if (f.table && f.with_scales && f.size == 32) return lookup_with_scales;
     if (f.table && !f.with_scales) return f.size == 32 ? lookup_range<32> : lookup_range<0>;
     if (f.input == kFloat32Input) return group_range<Float32, Float32, false>;
     return f.input == kBfloat16Input ? select_arithmetic<Bfloat16>(f) : select_arithmetic<Float16>(f);

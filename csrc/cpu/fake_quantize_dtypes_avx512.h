@@ -84,11 +84,13 @@ struct Words {
 struct Bfloat16 : Words {
     using Portable = avx512_portable::Bfloat16;
     static constexpr float kSplit = 0x1p16f;
-    template <class Which>
-    static void load_pair(const uint16_t* x, Which which, __m512 value[2]) {
-        const __m512i words = which.load16(x);
+    static void widen(__m512i words, __m512 value[2]) {
         value[0] = as_float(_mm512_slli_epi32(words, 16));
         value[1] = as_float(_mm512_and_si512(words, all(0xFFFF0000)));
+    }
+    template <class Which>
+    static void load_pair(const uint16_t* x, Which which, __m512 value[2]) {
+        widen(which.load16(x), value);
     }
     static __m512 value_of_keys(__m512i keys) { return as_float(_mm512_slli_epi32(bits_of_keys(keys, 0x7FFF), 16)); }
     static __m512 round(__m512 x) { return as_float(_mm512_and_si512(rounded(x), all(0xFFFF0000))); }

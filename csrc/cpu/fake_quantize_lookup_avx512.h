@@ -26,13 +26,31 @@ inline bool find_rows(const FakeQuantize& f, __m512i keys, int64_t n, Rows& rows
     return true;
 }
 
+// A group's rows, and where its elements are in them.
+struct Row {
+    __m512i offsets, values, floor;
+    Row(const FakeQuantize& f, const Rows& rows, int64_t j) {
+        const uint16_t* row = f.table + rows.row[j];
+        const __m512i plain = _mm512_loadu_si512(row + kRowWords);
+        offsets = _mm512_loadu_si512(row);
+        values = _mm512_mask_add_epi16(plain, static_cast<__mmask32>(f.nonzero), plain, all(rows.shift[j]));
+        floor = all(rows.floor[j]);
+    }
+    __m512i index(__m512i bits) const {
+        const __m512i level = _mm512_subs_epu16(Words::magnitudes(bits), floor);
+        const __m512i offset = _mm512_permutexvar_epi16(_mm512_srli_epi16(level, 4), offsets);
+        const __m512i steps = _mm512_srli_epi16(_mm512_add_epi16(level, offset), 9);
+        // Plus 16 where the sign is: steps | (~sign & 16).
+        return _mm512_ternarylogic_epi32(steps, _mm512_srli_epi16(bits, 11), all(0x00100010), 0xF2);
+    }
+};
+
 template <int64_t Size>
 void lookup_range(const FakeQuantize& f, int64_t first, int64_t last) {
     Rows rows;
     const auto *x = static_cast<const uint16_t*>(f.x), *grad = static_cast<const uint16_t*>(f.grad);
     auto* out = static_cast<uint16_t*>(f.out);
     const int64_t few = groups_at_once(f), size = Size ? Size : f.size, words = words_of(size);
-    const auto nonzero = static_cast<__mmask32>(f.nonzero);
     const __m512i highest = _mm512_set1_epi16(static_cast<int16_t>(16 + f.highest_step));
     for (int64_t group = first; group < last; group += few) {
         const int64_t n = last - group < few ? last - group : few;
@@ -45,29 +63,61 @@ void lookup_range(const FakeQuantize& f, int64_t first, int64_t last) {
         }
         for (int64_t j = 0; j < n; j++) {
             const int64_t at = (group + j) * size;
-            const uint16_t* row = f.table + rows.row[j];
-            const __m512i offsets = _mm512_loadu_si512(row), plain = _mm512_loadu_si512(row + kRowWords);
-            const __m512i values = _mm512_mask_add_epi16(plain, nonzero, plain, all(rows.shift[j]));
-            const __m512i floor = all(rows.floor[j]);
+            const Row row(f, rows, j);
             for_each_32(size, [&](int64_t i, auto which) {
-                const __m512i bits = which.load16(x + at + i);
-                const __m512i level = _mm512_subs_epu16(Words::magnitudes(bits), floor);
-                const __m512i offset = _mm512_permutexvar_epi16(_mm512_srli_epi16(level, 4), offsets);
-                const __m512i steps = _mm512_srli_epi16(_mm512_add_epi16(level, offset), 9);
-                // Plus 16 where the sign is: steps | (~sign & 16).
-                const __m512i index =
-                    _mm512_ternarylogic_epi32(steps, _mm512_srli_epi16(bits, 11), all(0x00100010), 0xF2);
+                const __m512i index = row.index(which.load16(x + at + i));
                 const __mmask32 saturated = _mm512_cmpgt_epi16_mask(index, highest);
                 if (grad == out) {  // only what saturates is touched
                     _mm512_mask_storeu_epi16(out + at + i, saturated, _mm512_setzero_si512());
                 } else if (grad) {
                     which.store16(out + at + i, _mm512_maskz_mov_epi16(~saturated, which.load16(grad + at + i)));
                 } else {
-                    which.store16(out + at + i, _mm512_permutexvar_epi16(index, values));
+                    which.store16(out + at + i, _mm512_permutexvar_epi16(index, row.values));
                     if (f.saturated) f.saturated[(group + j) * words + i / 32] = saturated;
                 }
             });
         }
+    }
+}
+
+// The gradient of groups of 32 elements with that of their scales.
+void lookup_with_scales(const FakeQuantize& f, int64_t first, int64_t last) {
+    Rows rows;
+    Scales s{};
+    const auto *x = static_cast<const uint16_t*>(f.x), *grad = static_cast<const uint16_t*>(f.grad);
+    auto* out = static_cast<uint16_t*>(f.out);
+    const __m512i highest = _mm512_set1_epi16(static_cast<int16_t>(16 + f.highest_step));
+    for (int64_t group = first; group < last; group += kGroups) {
+        const int64_t n = last - group < kGroups ? last - group : kGroups;
+        __m512i largest[kGroups];
+        __m512 due[kGroups];
+        for (int64_t j = 0; j < kGroups; j++) {
+            largest[j] = j < n ? Words::magnitudes(_mm512_loadu_si512(x + (group + j) * 32)) : _mm512_setzero_si512();
+            due[j] = _mm512_setzero_ps();
+        }
+        const __m512i keys = fold_vectors<Bfloat16, true>(largest);
+        if (!find_rows(f, keys, n, rows)) {
+            select_arithmetic<Bfloat16>(f)(f, group, group + n);
+            continue;
+        }
+        _mm512_store_si512(s.key, twice(keys));
+        for (int64_t j = 0; j < n; j++) {
+            const int64_t at = (group + j) * 32;
+            const Row row(f, rows, j);
+            const __m512i bits = _mm512_loadu_si512(x + at), index = row.index(bits);
+            const __m512i values = _mm512_permutexvar_epi16(index, row.values), g = _mm512_loadu_si512(grad + at);
+            const __m512i kept = _mm512_maskz_mov_epi16(_mm512_cmple_epi16_mask(index, highest), g);
+            __m512 element[2], value[2], gradient[2], straight[2];
+            Bfloat16::widen(bits, element), Bfloat16::widen(values, value);
+            Bfloat16::widen(g, gradient), Bfloat16::widen(kept, straight);
+            for (int h = 0; h < 2; h++)
+                value[h] = _mm512_sub_ps(_mm512_mul_ps(gradient[h], value[h]), _mm512_mul_ps(straight[h], element[h]));
+            due[j] = Bfloat16::sum_neighbours(value);
+            _mm512_storeu_si512(out + at, kept);
+            s.where[j] = __builtin_ctz(_mm512_cmpeq_epi16_mask(Words::magnitudes(bits), all(s.key[j])));
+        }
+        _mm512_store_ps(s.total, _mm512_add_ps(sum_vectors(due), _mm512_setzero_ps()));
+        avx512_portable::add_due<avx512_portable::Bfloat16>(f, group, n, s);
     }
 }
 

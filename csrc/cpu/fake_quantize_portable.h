@@ -225,15 +225,23 @@ inline void write_gradient_with_scales(const FakeQuantize& f, int64_t at, Scales
 // What is due to scales goes to the elements that they follow.
 template <class In>
 inline void add_due(const FakeQuantize& f, int64_t group, int64_t n, const Scales& s) {
+    using Bits = typename In::Bits;
     const float bound = bits_as<float>(static_cast<uint32_t>(f.constant_below));
+    const auto* x = static_cast<const Bits*>(f.x) + group * f.size;
+    auto* out = static_cast<Bits*>(f.out) + group * f.size;
+    Bits extremes[kGroups] = {}, moved[kGroups] = {};
     for (int64_t j = 0; j < n; j++) {
-        const int64_t at = (group + j) * f.size + s.where[j];
-        auto& out = static_cast<typename In::Bits*>(f.out)[at];
-        const float extreme = In::value(static_cast<const typename In::Bits*>(f.x)[at]);
-        const bool follows = (extreme < 0 ? -extreme : extreme) > bound && s.scale[j] == s.scale[j];
-        const float moved = In::value(out) + (follows ? s.total[j] / extreme : 0.0f);
-        out = moved != moved ? In::kNan : In::bits(moved);
+        extremes[j] = x[j * f.size + s.where[j]];
+        moved[j] = out[j * f.size + s.where[j]];
     }
+    for (int64_t j = 0; j < kGroups; j++) {
+        const float extreme = In::value(extremes[j]), due = s.total[j] / extreme;
+        const bool follows = (extreme < 0 ? -extreme : extreme) > bound && s.scale[j] == s.scale[j];
+        const float sum = In::value(moved[j]) + (follows ? due : 0.0f);
+        const Bits bits = In::bits(sum);
+        moved[j] = sum == sum ? bits : In::kNan;
+    }
+    for (int64_t j = 0; j < n; j++) out[j * f.size + s.where[j]] = moved[j];
 }
 
 template <class In, class Round, bool Narrow>
