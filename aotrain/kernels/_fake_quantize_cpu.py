@@ -54,7 +54,7 @@ def fake_quantize(
         form: a format that `fake_quantize.kernel_gap` has nothing against.
         grad: gradient of the values, in x's shape and dtype.
         out: contiguous; default a new tensor. May be grad.
-        saturated: contiguous int32 in the shape of `fake_quantize.saturated_shape`, written with the values.
+        saturated: contiguous int32 in the shape of `fake_quantize_marked.saturated_shape`, written with the values.
         with_scales: whether the gradient is also that of scales, for a format whose scales follow the maximum.
         isa: instruction set; default the fastest. Tests choose.
     """

@@ -4,15 +4,14 @@
     backward(grad, x) = grad where x has a code without saturating, else 0
 
 Backward finds scales and saturation again from x: nothing is kept for it but x. Both have the bits of `AffineFormat`.
-Where a backward pass needs the values too, `fake_quantize_affine_marked` finds both at once, saturation as one bit per
-element, with which `clear_saturated_` is `backward` in place.
+With `_with_scales`, scales have their gradient too (`formats.scale_gradient`). Where a backward pass makes values
+anyway, `fake_quantize_marked` finds both at once.
 
 On CUDA, a Triton kernel; on CPU, a C++ kernel (`_fake_quantize_cpu`): both for zero points that are codes or absent,
 with arithmetic in float32 or the dtype of x. Everything else runs the definition.
 """
 
 import functools
-from collections.abc import Sequence
 
 import torch
 
@@ -22,19 +21,17 @@ from aotrain.kernels import _fake_quantize_cpu
 from aotrain.kernels._dispatch import MIN_CAPABILITY, triton_problem, warn_slow
 from aotrain.kernels._library import LIBRARY
 
-_FORMAT = (
+FORMAT_SCHEMA = (
     "int quant_min, int quant_max, int? group_size, str mapping, str domain, ScalarType? scale_dtype=None,"
     " ScalarType? compute_dtype=None, float? eps=None"
 )
 _TAGS = (torch.Tag.needs_fixed_stride_order,)
-LIBRARY.define(f"fake_quantize_affine(Tensor x, {_FORMAT}) -> Tensor", tags=_TAGS)
-LIBRARY.define(f"fake_quantize_affine_marked(Tensor x, {_FORMAT}) -> (Tensor, Tensor)", tags=_TAGS)
-LIBRARY.define("clear_saturated_(Tensor(a!) grad, Tensor saturated, int? group_size) -> ()")
-LIBRARY.define(f"fake_quantize_affine_backward(Tensor grad, Tensor x, {_FORMAT}) -> Tensor", tags=_TAGS)
-LIBRARY.define(f"fake_quantize_affine_backward_(Tensor(a!) grad, Tensor x, {_FORMAT}) -> ()", tags=_TAGS)
+LIBRARY.define(f"fake_quantize_affine(Tensor x, {FORMAT_SCHEMA}) -> Tensor", tags=_TAGS)
+LIBRARY.define(f"fake_quantize_affine_backward(Tensor grad, Tensor x, {FORMAT_SCHEMA}) -> Tensor", tags=_TAGS)
+LIBRARY.define(f"fake_quantize_affine_backward_(Tensor(a!) grad, Tensor x, {FORMAT_SCHEMA}) -> ()", tags=_TAGS)
 for suffix, result, grad in (("", "Tensor", "Tensor grad"), ("_", "()", "Tensor(a!) grad")):
     LIBRARY.define(
-        f"fake_quantize_affine_backward_with_scales{suffix}({grad}, Tensor x, {_FORMAT}) -> {result}", tags=_TAGS
+        f"fake_quantize_affine_backward_with_scales{suffix}({grad}, Tensor x, {FORMAT_SCHEMA}) -> {result}", tags=_TAGS
     )
 
 # What an op takes for an AffineFormat.
@@ -94,46 +91,6 @@ def fake_quantize_affine_backward_with_scales_(grad: torch.Tensor, x: torch.Tens
     return grad
 
 
-def fake_quantize_affine_marked(x: torch.Tensor, form: AffineFormat) -> tuple[torch.Tensor, torch.Tensor]:
-    """`fake_quantize_affine` and what saturates, for a backward pass that makes the values anyway.
-
-    Args:
-        x: [..., K] as for `fake_quantize_affine`.
-        form: the integer format.
-
-    Returns:
-        The values, and int32 [..., K / group_size, words]: bit i of word j is set where element 32 j + i of the group
-        has no code. `clear_saturated_` reads it.
-
-    Raises:
-        ValueError: as for `fake_quantize_affine`.
-    """
-    return torch.ops.aotrain.fake_quantize_affine_marked(x, *_arguments(form))
-
-
-def clear_saturated_(grad: torch.Tensor, saturated: torch.Tensor, form: AffineFormat) -> torch.Tensor:
-    """Zeros into a gradient where `fake_quantize_affine_marked` found that x saturates; returns the gradient.
-
-    Args:
-        grad: gradient of the values, [..., K], any floating dtype.
-        saturated: as `fake_quantize_affine_marked` returns it for a tensor of this shape.
-        form: the integer format.
-
-    Raises:
-        ValueError: `saturated` is not of grad's shape.
-    """
-    torch.ops.aotrain.clear_saturated_(grad, saturated, form.group_size)
-    return grad
-
-
-def marks_pay(x: torch.Tensor) -> bool:
-    """Whether marks are cheaper than finding what saturates from x again.
-
-    On a GPU they are not: there is no kernel for them, and memory traffic is what counts.
-    """
-    return x.device.type == "cpu"
-
-
 def kernel_gap(form: AffineFormat, dtype: torch.dtype) -> str | None:
     """What of a format the kernels do not do for tensors of this dtype; None when they do all of it."""
     if form.domain is ZeroPointDomain.FLOAT:
@@ -173,40 +130,6 @@ def _format(
 def _reference(x: torch.Tensor, *arguments: int) -> torch.Tensor:
     form = _format(*arguments)
     return form.dequantize(form.quantize(x.contiguous()), x.dtype)
-
-
-def _reference_marked(x: torch.Tensor, *arguments: int) -> tuple[torch.Tensor, torch.Tensor]:
-    form = _format(*arguments)
-    x = x.contiguous()
-    q = form.quantize(x)
-    outside = ~form.in_range(x, q.scale, q.zero_point)
-    groups, words = saturated_shape(x.shape, form.group_size)[-2:]
-    size = x.shape[-1] if form.group_size is None else form.group_size
-    bits = torch.nn.functional.pad(outside.unflatten(-1, (groups, size)), (0, 32 * words - size))
-    words = (bits.unflatten(-1, (words, 32)).to(torch.int64) << torch.arange(32, device=x.device)).sum(-1)
-    return form.dequantize(q, x.dtype), words.to(torch.int32)
-
-
-def _reference_clear_(grad: torch.Tensor, saturated: torch.Tensor, group_size: int | None) -> None:
-    _check_saturated(grad, saturated, group_size)
-    bits = (saturated[..., None] >> torch.arange(32, device=grad.device)) & 1
-    size = grad.shape[-1] if group_size is None else group_size
-    grad.masked_fill_(bits.flatten(-2)[..., :size].reshape(grad.shape).bool(), 0)
-
-
-def saturated_shape(shape: Sequence[int], group_size: int | None) -> tuple[int, ...]:
-    """The shape of the marks of a tensor."""
-    size = shape[-1] if group_size is None else group_size
-    return *shape[:-1], shape[-1] // max(size, 1), -(-size // 32)
-
-
-def _check_saturated(grad: torch.Tensor, saturated: torch.Tensor, group_size: int | None) -> None:
-    want = saturated_shape(grad.shape, group_size)
-    if tuple(saturated.shape) != want or saturated.dtype != torch.int32:
-        raise ValueError(
-            f"clear_saturated_ got {saturated.dtype} marks of shape {tuple(saturated.shape)} for a gradient of shape "
-            f"{tuple(grad.shape)}; want int32 {want}, as fake_quantize_affine_marked returns them."
-        )
 
 
 def _reference_backward(grad: torch.Tensor, x: torch.Tensor, *arguments: int) -> torch.Tensor:
@@ -253,21 +176,6 @@ def _cpu(x: torch.Tensor, *arguments: int) -> torch.Tensor:
     return _fake_quantize_cpu.fake_quantize(x, form)
 
 
-def _cpu_marked(x: torch.Tensor, *arguments: int) -> tuple[torch.Tensor, torch.Tensor]:
-    form = _format(*arguments)
-    if not _cpu_takes(x, form):
-        return _reference_marked(x, *arguments)
-    saturated = torch.empty(saturated_shape(x.shape, form.group_size), dtype=torch.int32, device=x.device)
-    return _fake_quantize_cpu.fake_quantize(x, form, saturated=saturated), saturated
-
-
-def _cpu_clear_(grad: torch.Tensor, saturated: torch.Tensor, group_size: int | None) -> None:
-    _check_saturated(grad, saturated, group_size)
-    if not grad.is_contiguous() or not saturated.is_contiguous() or _fake_quantize_cpu.problem(grad) is not None:
-        return _reference_clear_(grad, saturated, group_size)
-    return _fake_quantize_cpu.clear_saturated_(grad, saturated, group_size)
-
-
 def _cpu_backward(grad: torch.Tensor, x: torch.Tensor, *arguments: int) -> torch.Tensor:
     form = _format(*arguments)
     if grad.shape != x.shape or grad.dtype != x.dtype or not _cpu_takes(x, form):
@@ -299,11 +207,16 @@ def _cpu_with_scales_(grad: torch.Tensor, x: torch.Tensor, *arguments: int) -> N
     _fake_quantize_cpu.fake_quantize(x, form, grad, out=grad, with_scales=True)
 
 
-def _triton_takes(x: torch.Tensor, form: AffineFormat) -> bool:
+def _triton_takes(x: torch.Tensor, form: AffineFormat, *, with_scales: bool = False) -> bool:
     """Whether the Triton kernel does this; warns where it is the kernel or Triton that is missing."""
     if not _fits(x, form) or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False  # nothing to do, or the definition raises
     reason = kernel_gap(form, x.dtype) or triton_problem(x.device, MIN_CAPABILITY)
+    if reason is None and with_scales:
+        from aotrain.kernels.triton.fake_quantize import fits_tile
+
+        if not fits_tile(form.group_size or x.shape[-1]):
+            reason = "there is no kernel for gradients of the scales of groups this long"
     if reason is not None:
         warn_slow("fake_quantize_affine", reason)
     return reason is None
@@ -328,6 +241,26 @@ def _cuda_backward(grad: torch.Tensor, x: torch.Tensor, *arguments: int) -> torc
     return fake_quantize(x, form, grad)
 
 
+def _cuda_with_scales(grad: torch.Tensor, x: torch.Tensor, *arguments: int) -> torch.Tensor:
+    form = _format(*arguments)
+    if grad.shape != x.shape or not follows_maximum(form) or not _triton_takes(x, form, with_scales=True):
+        return _reference_with_scales(grad, x, *arguments)
+    from aotrain.kernels.triton.fake_quantize import fake_quantize
+
+    return fake_quantize(x, form, grad, with_scales=True)
+
+
+def _cuda_with_scales_(grad: torch.Tensor, x: torch.Tensor, *arguments: int) -> None:
+    form = _format(*arguments)
+    takes = grad.shape == x.shape and grad.is_contiguous() and follows_maximum(form)
+    if not takes or not _triton_takes(x, form, with_scales=True):
+        grad.copy_(_cuda_with_scales(grad, x, *arguments))
+        return
+    from aotrain.kernels.triton.fake_quantize import fake_quantize
+
+    fake_quantize(x, form, grad, out=grad, with_scales=True)
+
+
 def _cuda_backward_(grad: torch.Tensor, x: torch.Tensor, *arguments: int) -> None:
     form = _format(*arguments)
     if grad.shape != x.shape or not grad.is_contiguous() or not _triton_takes(x, form):
@@ -342,15 +275,6 @@ def _fake(x: torch.Tensor, *arguments: int) -> torch.Tensor:
     return x.new_empty(x.shape)
 
 
-def _fake_marked(x: torch.Tensor, *arguments: int) -> tuple[torch.Tensor, torch.Tensor]:
-    shape = saturated_shape(x.shape, _format(*arguments).group_size)
-    return x.new_empty(x.shape), x.new_empty(shape, dtype=torch.int32)
-
-
-def _fake_clear_(grad: torch.Tensor, saturated: torch.Tensor, group_size: int | None) -> None:
-    return None
-
-
 def _fake_backward(grad: torch.Tensor, x: torch.Tensor, *arguments: int) -> torch.Tensor:
     return grad.new_empty(grad.shape)
 
@@ -363,12 +287,6 @@ LIBRARY.impl("fake_quantize_affine", _reference, "CompositeExplicitAutograd")
 LIBRARY.impl("fake_quantize_affine", _cpu, "CPU")
 LIBRARY.impl("fake_quantize_affine", _cuda, "CUDA")
 torch.library.register_fake("aotrain::fake_quantize_affine", _fake, lib=LIBRARY)
-LIBRARY.impl("fake_quantize_affine_marked", _reference_marked, "CompositeExplicitAutograd")
-LIBRARY.impl("fake_quantize_affine_marked", _cpu_marked, "CPU")
-torch.library.register_fake("aotrain::fake_quantize_affine_marked", _fake_marked, lib=LIBRARY)
-LIBRARY.impl("clear_saturated_", _reference_clear_, "CompositeExplicitAutograd")
-LIBRARY.impl("clear_saturated_", _cpu_clear_, "CPU")
-torch.library.register_fake("aotrain::clear_saturated_", _fake_clear_, lib=LIBRARY)
 LIBRARY.impl("fake_quantize_affine_backward", _reference_backward, "CompositeExplicitAutograd")
 LIBRARY.impl("fake_quantize_affine_backward", _cpu_backward, "CPU")
 LIBRARY.impl("fake_quantize_affine_backward", _cuda_backward, "CUDA")
@@ -379,7 +297,9 @@ LIBRARY.impl("fake_quantize_affine_backward_", _cuda_backward_, "CUDA")
 torch.library.register_fake("aotrain::fake_quantize_affine_backward_", _fake_backward_, lib=LIBRARY)
 LIBRARY.impl("fake_quantize_affine_backward_with_scales", _reference_with_scales, "CompositeExplicitAutograd")
 LIBRARY.impl("fake_quantize_affine_backward_with_scales", _cpu_with_scales, "CPU")
+LIBRARY.impl("fake_quantize_affine_backward_with_scales", _cuda_with_scales, "CUDA")
 torch.library.register_fake("aotrain::fake_quantize_affine_backward_with_scales", _fake_backward, lib=LIBRARY)
 LIBRARY.impl("fake_quantize_affine_backward_with_scales_", _reference_with_scales_, "CompositeExplicitAutograd")
 LIBRARY.impl("fake_quantize_affine_backward_with_scales_", _cpu_with_scales_, "CPU")
+LIBRARY.impl("fake_quantize_affine_backward_with_scales_", _cuda_with_scales_, "CUDA")
 torch.library.register_fake("aotrain::fake_quantize_affine_backward_with_scales_", _fake_backward_, lib=LIBRARY)

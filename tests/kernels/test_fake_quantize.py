@@ -11,14 +11,13 @@ from aotrain.formats.scale_gradient import gradient_with_scales
 from aotrain.kernels import _dispatch, _fake_quantize_cpu
 from aotrain.kernels import fake_quantize as ops
 from aotrain.kernels.fake_quantize import (
-    clear_saturated_,
     fake_quantize_affine,
     fake_quantize_affine_backward,
     fake_quantize_affine_backward_,
     fake_quantize_affine_backward_with_scales,
     fake_quantize_affine_backward_with_scales_,
-    fake_quantize_affine_marked,
 )
+from aotrain.kernels.fake_quantize_marked import clear_saturated_, fake_quantize_affine_marked
 from aotrain.testing import assert_bitwise_equal
 
 FORMATS = {
@@ -160,7 +159,20 @@ def test_gpu_implementation_runs_the_kernel():
             own = grad.clone()
             ops._cuda_backward_(own, x, *ops._arguments(form))
             assert_bitwise_equal(own, want)
+    form = FORMATS["int4-g32"]
+    want, own = gradient_with_scales(grad, x, form), grad.clone()
+    assert_bitwise_equal(ops._cuda_with_scales(grad, x, *ops._arguments(form)), want)
+    ops._cuda_with_scales_(own, x, *ops._arguments(form))
+    assert_bitwise_equal(own, want)
     assert ops._cuda(x[:0], *ops._arguments(FORMATS["int4-g32"])).shape == (0, 2, 64)
+
+
+@pytest.mark.usefixtures("interpreter")
+def test_gpu_implementation_of_scales_of_long_groups_is_the_definition():
+    x, form = torch.randn(1, 8200), integer_format(4)
+    with pytest.warns(UserWarning, match="groups this long"):
+        got = ops._cuda_with_scales(x, x, *ops._arguments(form))
+    assert_bitwise_equal(got, gradient_with_scales(x, x, form))
 
 
 @pytest.mark.parametrize(("name", "reason"), [("uint4-float-g32", "are values"), ("int1-never-clipping", "one sign")])

@@ -14,7 +14,8 @@ from aotrain.formats import AffineFormat, MappingType, ZeroPointDomain, integer_
 from aotrain.formats.scale_gradient import follows_maximum, gradient_with_scales
 from aotrain.kernels import _fake_quantize_cpu as cpu
 from aotrain.kernels._fake_quantize_table import lookup_table
-from aotrain.kernels.fake_quantize import _arguments, _reference_marked, kernel_gap, saturated_shape
+from aotrain.kernels.fake_quantize import _arguments, kernel_gap
+from aotrain.kernels.fake_quantize_marked import _reference_marked, saturated_shape
 from aotrain.testing import adversarial_matrix, all_bfloat16_values, assert_bitwise_equal
 from tests.kernels.native import build_or_skip, isa_or_skip
 

@@ -3,7 +3,7 @@
     scale[g], zero_point[g] from the bounds of group g                       (formats.AffineFormat.parameters)
     step = round(x * (1 / scale))
     value = (clamp(step + zero_point, lo, hi) - zero_point) * scale
-    grad_x = grad if lo <= step + zero_point <= hi, else 0
+    grad_x = grad if lo <= step + zero_point <= hi, else 0; plus what is due to scales  (formats.scale_gradient)
 
 Groups are rows of a contiguous matrix [groups, size]. One program has a tile of whole groups: values read every element
 once and write it once, gradients read two. A group longer than a tile is read twice by the same program, in steps.
@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from aotrain.formats import AffineFormat, ZeroPointDomain
+from aotrain.formats.scale_gradient import constant_below
 
 # 1.5 * 2^23: float32 numbers of this size have a spacing of 1, on both sides.
 _SPACING_OF_ONE = tl.constexpr(12582912.0)
@@ -153,6 +154,53 @@ def _write(
 
 
 @triton.jit
+def _sum_neighbours(x, GROUPS: tl.constexpr, SIZE: tl.constexpr):
+    """Sum of each row: of neighbours, then of neighbouring sums, and so on. Each sum is of two: it has one order."""
+    if SIZE == 1:
+        return tl.sum(x, axis=1) + 0.0
+    return _sum_neighbours(tl.sum(tl.reshape(x, (GROUPS, SIZE // 2, 2)), axis=2), GROUPS, SIZE // 2)
+
+
+@triton.jit
+def _write_with_scales(
+    x,
+    columns,
+    at,
+    mask,
+    scale,
+    inverse,
+    grad_ptr,
+    out_ptr,
+    LOWEST: tl.constexpr,
+    HIGHEST: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    STRAIGHT: tl.constexpr,
+    CONSTANT_BELOW: tl.constexpr,
+):
+    """The gradient of a tile of whole groups and of their scales, as `formats.scale_gradient` defines it."""
+    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
+    GROUPS: tl.constexpr = x.shape[0]
+    SIZE: tl.constexpr = x.shape[1]
+    steps = (_round_to(x * inverse[:, None], PRODUCT) + _SPACING_OF_ONE) - _SPACING_OF_ONE
+    code = tl.where(steps > LOWEST, tl.where(steps < HIGHEST, steps, HIGHEST), LOWEST)
+    value = _round_to(code * scale[:, None], STRAIGHT)
+    grad = tl.load(grad_ptr + at, mask=mask, other=0.0)
+    inside = (steps >= LOWEST) & (steps <= HIGHEST)
+    straight = tl.where(inside, grad.to(tl.float32), 0.0)
+    due = _sum_neighbours(grad.to(tl.float32) * value - straight * x, GROUPS, SIZE)
+    magnitudes = tl.where(mask, x.to(tl.int32, bitcast=True) & _MAGNITUDE_MASK, -1)
+    largest = tl.max(magnitudes, axis=1)
+    where = tl.min(tl.where(magnitudes == largest[:, None], columns[None, :], SIZE), axis=1)
+    here = columns[None, :] == where[:, None]
+    extreme = tl.sum(tl.where(here, x, 0.0), axis=1)
+    follows = (largest.to(tl.float32, bitcast=True) > CONSTANT_BELOW) & (scale == scale)
+    due = tl.where(follows, tl.div_rn(due, tl.where(follows, extreme, 1.0)), 0.0)
+    moved = straight + due[:, None]
+    tl.store(out_ptr + at, tl.where(inside, grad, tl.zeros_like(grad)), mask=mask & ~here)
+    tl.store(out_ptr + at, _cast_or_nan(moved, moved == moved, DTYPE), mask=mask & here)
+
+
+@triton.jit
 def _fake_quantize_kernel(
     x_ptr,  # [num_groups, size] contiguous
     grad_ptr,  # likewise; not read unless BACKWARD
@@ -169,6 +217,8 @@ def _fake_quantize_kernel(
     STORED: tl.constexpr,
     PRODUCT: tl.constexpr,
     BACKWARD: tl.constexpr,
+    WITH_SCALES: tl.constexpr,  # of groups that fit a tile, in a mapping without zero points
+    CONSTANT_BELOW: tl.constexpr,
     FITS_TILE: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -198,8 +248,16 @@ def _fake_quantize_kernel(
     if FITS_TILE:
         mask = group_mask & (columns < size)[None, :]
         at = rows + columns[None, :]
-        # pyrefly: ignore[unbound-name]
-        _write(x, at, mask, scale, inverse, zero_point, grad_ptr, out_ptr, LOWEST, HIGHEST, PRODUCT, BACKWARD)
+        if WITH_SCALES:
+            DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+            _write_with_scales(
+                # pyrefly: ignore[unbound-name]
+                *(x, columns, at, mask, scale, inverse, grad_ptr, out_ptr),
+                *(LOWEST, HIGHEST, PRODUCT, DTYPE, CONSTANT_BELOW),
+            )
+        else:
+            # pyrefly: ignore[unbound-name]
+            _write(x, at, mask, scale, inverse, zero_point, grad_ptr, out_ptr, LOWEST, HIGHEST, PRODUCT, BACKWARD)
     else:
         for start in range(0, size, BLOCK_SIZE):
             k = start + columns
@@ -210,7 +268,11 @@ def _fake_quantize_kernel(
 
 
 def fake_quantize(
-    x: torch.Tensor, form: AffineFormat, grad: torch.Tensor | None = None, out: torch.Tensor | None = None
+    x: torch.Tensor,
+    form: AffineFormat,
+    grad: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    with_scales: bool = False,
 ) -> torch.Tensor:
     """Values of x's codes, or the gradient of x from theirs.
 
@@ -220,6 +282,8 @@ def fake_quantize(
         form: a format that `kernels.fake_quantize.kernel_gap` has nothing against.
         grad: gradient of the values, in x's shape, any floating dtype.
         out: contiguous, in the dtype of the result; default a new tensor. May be grad.
+        with_scales: whether the gradient is also that of scales, for a format whose scales follow the maximum and
+            groups that `fits_tile`.
     """
     x = x.contiguous()
     grad = None if grad is None else grad.contiguous()
@@ -237,6 +301,7 @@ def fake_quantize(
             size,
             **kernel_constants(form, x.dtype),
             BACKWARD=grad is not None,
+            WITH_SCALES=with_scales,
             FITS_TILE=fits,
             BLOCK_GROUPS=config.block_groups,
             BLOCK_SIZE=config.block_size,
@@ -254,6 +319,11 @@ def select_config(size: int) -> tuple[Config, bool]:
     return LONG_CONFIG, False
 
 
+def fits_tile(size: int) -> bool:
+    """Whether a group of this size is one program's, as its gradient with that of scales must be."""
+    return select_config(size)[1]
+
+
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -266,6 +336,7 @@ def kernel_constants(form: AffineFormat, dtype: torch.dtype) -> dict[str, object
         "HIGHEST": float(form.quant_max),
         "ZERO_POINT": 0.0 if form.domain is ZeroPointDomain.NONE else float(form.center),
         "MAPPING": form.mapping.name,
+        "CONSTANT_BELOW": constant_below(form, dtype),
         "EPS": form.smallest_scale(compute),
         "SMALLEST_NORMAL": torch.finfo(stored).smallest_normal,
         "COMPUTE": _TRITON_DTYPES[compute],

@@ -24,13 +24,18 @@ def fake_quantize() -> Iterator[KernelVariant]:
             yield _variant("bf16", f"int8-asymmetric-row-{size}", asymmetric, size, backward)
         yield _variant("bf16", "int8-float32-row-4096", _TOKENS, 4096, backward)
         yield _variant("fp32", "int4-g32", integer_format(4, group_size=32), 32, backward)
+    for dtype in ("bf16", "fp32"):
+        yield _variant(dtype, "int2-g32", integer_format(2, group_size=32), 32, True, with_scales=True)
 
 
-def _variant(dtype: str, name: str, form: AffineFormat, size: int, backward: bool) -> KernelVariant:
+def _variant(
+    dtype: str, name: str, form: AffineFormat, size: int, backward: bool, *, with_scales: bool = False
+) -> KernelVariant:
     config, fits = kernels.select_config(size)
     constants = {
         **kernels.kernel_constants(form, _DTYPES[dtype]),
         "BACKWARD": backward,
+        "WITH_SCALES": with_scales,
         "FITS_TILE": fits,
         "BLOCK_GROUPS": config.block_groups,
         "BLOCK_SIZE": config.block_size,
@@ -39,7 +44,7 @@ def _variant(dtype: str, name: str, form: AffineFormat, size: int, backward: boo
     sizes = ("num_groups", "size")
     return KernelVariant(
         name="fake_quantize",
-        variant=f"{dtype}-{name}{'-backward' * backward}",
+        variant=f"{dtype}-{name}{'-backward' * backward}{'-with-scales' * with_scales}",
         kernel=kernels._fake_quantize_kernel,
         signature=pointers | dict.fromkeys(sizes, "i32") | dict.fromkeys(constants, "constexpr"),
         constants=constants,

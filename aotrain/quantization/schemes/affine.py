@@ -12,15 +12,13 @@ import torch
 from aotrain.formats import AffineFormat, AffineTensor
 from aotrain.formats.scale_gradient import follows_maximum
 from aotrain.kernels.fake_quantize import (
-    clear_saturated_,
     fake_quantize_affine,
     fake_quantize_affine_backward,
     fake_quantize_affine_backward_,
     fake_quantize_affine_backward_with_scales,
     fake_quantize_affine_backward_with_scales_,
-    fake_quantize_affine_marked,
-    marks_pay,
 )
+from aotrain.kernels.fake_quantize_marked import clear_saturated_, fake_quantize_affine_marked, marks_pay
 from aotrain.quantization.schemes.base import Encoded, TensorScheme, refuse_given
 
 

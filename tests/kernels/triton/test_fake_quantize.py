@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from aotrain.formats import AffineFormat, MappingType, ZeroPointDomain, integer_format
+from aotrain.formats.scale_gradient import follows_maximum, gradient_with_scales
 from aotrain.kernels.fake_quantize import kernel_gap
 from aotrain.kernels.triton import fake_quantize as kernels
 from aotrain.testing import adversarial_matrix, all_bfloat16_values, assert_bitwise_equal
@@ -28,6 +29,10 @@ def check(x: torch.Tensor, form: AffineFormat, device: str = "cpu") -> None:
         assert_bitwise_equal(kernels.fake_quantize(x.to(device), form, got), want, what=f"gradient, {form}")
         assert kernels.fake_quantize(x.to(device), form, got, out=got) is got
         assert_bitwise_equal(got, want, what=f"gradient in place, {form}")
+        if follows_maximum(form) and kernels.fits_tile(form.group_size or x.shape[-1]):
+            want, got = gradient_with_scales(grad, x, form), grad.to(device, copy=True)
+            assert kernels.fake_quantize(x.to(device), form, got, out=got, with_scales=True) is got
+            assert_bitwise_equal(got, want, what=f"gradient with scales, {form}")
 
 
 def cases(dtype: torch.dtype):
@@ -66,6 +71,23 @@ def test_every_value_of_16_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPa
 def test_tails_and_long_groups(rows: int, columns: int):
     for dtype, mapping in itertools.product(DTYPES, (MappingType.SYMMETRIC, MappingType.ASYMMETRIC)):
         check(torch.randn(rows, columns).to(dtype), integer_format(8, mapping=mapping))
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_that_are_not_finite_beside_scales(dtype: torch.dtype):
+    form = integer_format(3, group_size=32)
+    x, grad = torch.randn(12, 64).to(dtype), torch.randn(12, 64).to(dtype)
+    x[8] = 0
+    x[9] = torch.finfo(dtype).smallest_normal
+    x[10, 5] = x[10, 3] = -x[10].abs().max()  # the first of several
+    grad[0, 3], grad[1, 40], grad[2, 63] = math.nan, math.inf, -math.inf
+    grad[3:6] = torch.finfo(dtype).max
+    grad[6], grad[7] = 0.0, -0.0
+    got, want = kernels.fake_quantize(x, form, grad, with_scales=True), gradient_with_scales(grad, x, form)
+    # The interpreter gives a NaN that only passes other bits.
+    assert torch.equal(got.isnan(), want.isnan())
+    assert_bitwise_equal(got.nan_to_num(nan=0.0), want.nan_to_num(nan=0.0))
 
 
 @pytest.mark.gpu
