@@ -157,8 +157,10 @@ def _write(
 def _sum_neighbours(x, GROUPS: tl.constexpr, SIZE: tl.constexpr):
     """Sum of each row: of neighbours, then of neighbouring sums, and so on. Each sum is of two: it has one order."""
     if SIZE == 1:
-        return tl.sum(x, axis=1) + 0.0
-    return _sum_neighbours(tl.sum(tl.reshape(x, (GROUPS, SIZE // 2, 2)), axis=2), GROUPS, SIZE // 2)
+        total = tl.sum(x, axis=1) + 0.0
+    else:
+        total = _sum_neighbours(tl.sum(tl.reshape(x, (GROUPS, SIZE // 2, 2)), axis=2), GROUPS, SIZE // 2)
+    return total
 
 
 @triton.jit
@@ -291,7 +293,7 @@ def fake_quantize(
     num_groups = x.numel() // size
     if out is None:
         out = torch.empty(x.shape, dtype=x.dtype if grad is None else grad.dtype, device=x.device)
-    config, fits = select_config(size)
+    config, fits = select_config(size, with_scales=with_scales)
     with torch.cuda.device_of(x):
         _fake_quantize_kernel[(triton.cdiv(num_groups, config.block_groups),)](
             x,
@@ -311,11 +313,12 @@ def fake_quantize(
     return out
 
 
-def select_config(size: int) -> tuple[Config, bool]:
+def select_config(size: int, *, with_scales: bool = False) -> tuple[Config, bool]:
     """The launch configuration for groups of this size, and whether a group fits its tile."""
     for config in CONFIGS:
         if size <= config.block_size:
-            return config, True
+            # Twice the numbers per element, which take all registers of a thread otherwise.
+            return config._replace(block_groups=max(1, config.block_groups // 2)) if with_scales else config, True
     return LONG_CONFIG, False
 
 

@@ -31,7 +31,7 @@ def fake_quantize() -> Iterator[KernelVariant]:
 def _variant(
     dtype: str, name: str, form: AffineFormat, size: int, backward: bool, *, with_scales: bool = False
 ) -> KernelVariant:
-    config, fits = kernels.select_config(size)
+    config, fits = kernels.select_config(size, with_scales=with_scales)
     constants = {
         **kernels.kernel_constants(form, _DTYPES[dtype]),
         "BACKWARD": backward,
