@@ -11,17 +11,9 @@
 #include <cstddef>
 #include <vector>
 
-#define AOTRAIN_ISA scalar
-#include "adam_portable.h"
-#undef AOTRAIN_ISA
-
+#define AOTRAIN_PORTABLE "adam_portable.h"
+#include "portable_isas.h"
 #if AOTRAIN_X86
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#define AOTRAIN_ISA avx2
-#include "adam_portable.h"
-#undef AOTRAIN_ISA
-#pragma GCC pop_options
 #include "adam_avx512.h"
 #endif
 

@@ -10,17 +10,9 @@
 #include <algorithm>
 #include <vector>
 
-#define AOTRAIN_ISA scalar
-#include "fake_quantize_portable.h"
-#undef AOTRAIN_ISA
-
+#define AOTRAIN_PORTABLE "fake_quantize_portable.h"
+#include "portable_isas.h"
 #if AOTRAIN_X86
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#define AOTRAIN_ISA avx2
-#include "fake_quantize_portable.h"
-#undef AOTRAIN_ISA
-#pragma GCC pop_options
 #include "fake_quantize_avx512.h"
 #endif
 

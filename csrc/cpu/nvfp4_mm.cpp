@@ -6,17 +6,9 @@
 
 #include "isa.h"
 
-#define AOTRAIN_ISA scalar
-#include "nvfp4_mm_portable.h"
-#undef AOTRAIN_ISA
-
+#define AOTRAIN_PORTABLE "nvfp4_mm_portable.h"
+#include "portable_isas.h"
 #if AOTRAIN_X86
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#define AOTRAIN_ISA avx2
-#include "nvfp4_mm_portable.h"
-#undef AOTRAIN_ISA
-#pragma GCC pop_options
 #include "nvfp4_mm_avx512.h"
 #endif
 

@@ -12,17 +12,9 @@
 #include <type_traits>
 #include <vector>
 
-#define AOTRAIN_ISA scalar
-#include "cast_portable.h"
-#undef AOTRAIN_ISA
-
+#define AOTRAIN_PORTABLE "cast_portable.h"
+#include "portable_isas.h"
 #if AOTRAIN_X86
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#define AOTRAIN_ISA avx2
-#include "cast_portable.h"
-#undef AOTRAIN_ISA
-#pragma GCC pop_options
 #include "cast_avx512.h"
 #endif
 

@@ -6,17 +6,9 @@
 
 #include <algorithm>
 
-#define AOTRAIN_ISA scalar
-#include "product_portable.h"
-#undef AOTRAIN_ISA
-
+#define AOTRAIN_PORTABLE "product_portable.h"
+#include "portable_isas.h"
 #if AOTRAIN_X86
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#define AOTRAIN_ISA avx2
-#include "product_portable.h"
-#undef AOTRAIN_ISA
-#pragma GCC pop_options
 #include "product_avx512.h"
 #endif
 
