@@ -182,20 +182,22 @@ inline float sum_pairwise(__m512 x) {
     return _mm512_cvtss_f32(_mm512_add_ps(x, _mm512_shuffle_f32x4(x, x, 0x4E)));
 }
 
+// Sums of neighbours within lanes of 128 bits, those of a before those of b; and of neighbouring lanes.
+inline __m512 sum_pairs(__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xDD));
+}
+inline __m512 sum_lanes(__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD));
+}
+
 // Sixteen vectors to one, whose element j is the sum of vector j, in the same order.
 inline __m512 sum_vectors(const __m512 v[kGroups]) {
-    auto pairs = [](__m512 a, __m512 b) {
-        return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xDD));
-    };
-    auto lanes = [](__m512 a, __m512 b) {
-        return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD));
-    };
     __m512 quarter[4];
     for (int i = 0; i < 4; i++) {
         const __m512* a = v + 4 * i;
-        quarter[i] = pairs(pairs(a[0], a[1]), pairs(a[2], a[3]));
+        quarter[i] = sum_pairs(sum_pairs(a[0], a[1]), sum_pairs(a[2], a[3]));
     }
-    return lanes(lanes(quarter[0], quarter[1]), lanes(quarter[2], quarter[3]));
+    return sum_lanes(sum_lanes(quarter[0], quarter[1]), sum_lanes(quarter[2], quarter[3]));
 }
 
 // Of 32 elements, what is due to the scale, neighbours added.
