@@ -84,8 +84,14 @@ def _call(name: str, table: tuple[int, ...], isa: str | None) -> None:
     if found is None:
         raise RuntimeError(f"The C++ kernel of aotrain::fake_quantize_affine cannot run: {reason}.")
     packed = array("q", table)
-    fastest = found.aotrain_fake_quantize_isa() if isa is None else ISAS[isa]
-    getattr(found, name)(packed.buffer_info()[0], fastest, torch.get_num_threads())
+    level = _fastest_isa() if isa is None else ISAS[isa]
+    getattr(found, name)(packed.buffer_info()[0], level, torch.get_num_threads())
+
+
+@functools.lru_cache(maxsize=1)
+def _fastest_isa() -> int:
+    found, _ = library()
+    return 0 if found is None else found.aotrain_fake_quantize_isa()
 
 
 @functools.lru_cache(maxsize=256)

@@ -109,11 +109,15 @@ def fake_quantized_linear(
         weight_quantizer: quantizer of the weight, or None.
     """
     device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    under_autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if under_autocast else x.dtype
     if x.dim() == 1:
         return fake_quantized_linear(x.unsqueeze(0), weight, bias, activation, weight_quantizer).squeeze(0)
+    arguments = (x, weight, bias, activation, weight_quantizer, dtype)
+    if not under_autocast:
+        return _FakeQuantizedLinear.apply(*arguments)
     with torch.autocast(device, enabled=False):
-        return _FakeQuantizedLinear.apply(x, weight, bias, activation, weight_quantizer, dtype)
+        return _FakeQuantizedLinear.apply(*arguments)
 
 
 def _values(x: torch.Tensor, quantizer: FakeQuantizer | None, dtype: torch.dtype) -> torch.Tensor:
