@@ -12,7 +12,7 @@ experts to the values that training saw. Fused gate and up matrices are quantize
 for the one global scale of NVFP4, which servers of fused experts share as well.
 
 What is quantized is what the grouped GEMM gets. A module that casts its parameters before, as torchtitan's do to
-bfloat16, sees the codes of the cast ones: export such a checkpoint with that dtype.
+bfloat16, sees the codes of the cast ones: export such a checkpoint with `weight_dtype=torch.bfloat16`.
 
 `weight_fake_quantizer` and `activation_fake_quantizer` (None without) of each prepared module have a switch `enabled`.
 """

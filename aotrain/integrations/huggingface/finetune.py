@@ -68,7 +68,8 @@ def run(recipe: Recipe) -> dict[str, Any]:
     rows, heldout = load_rows(recipe)
     nll: dict[str, float | None] = {}
     trainer = build_trainer(recipe, args, tokenizer, rows, heldout)
-    dtype = layer_dtype(args, next(trainer.model.parameters()).dtype)  # FSDP is going to make float32 masters
+    model: Any = trainer.model
+    dtype = layer_dtype(args, next(model.parameters()).dtype)  # FSDP is going to make float32 masters
     if heldout is not None and recipe.model.path is not None and not _wants_fsdp(args):
         nll |= _measure(recipe, trainer, "start", "start_rounded")
     losses = _train(trainer, recipe)
