@@ -102,7 +102,6 @@ def kernel_gap(form: AffineFormat, dtype: torch.dtype) -> str | None:
     return None
 
 
-@functools.lru_cache(maxsize=256)
 def _arguments(form: AffineFormat) -> _Arguments:
     return (
         *(form.quant_min, form.quant_max, form.group_size, form.mapping.name, form.domain.name),

@@ -76,7 +76,8 @@ def test_a_vector_is_a_row():
     assert torch.equal(one, fake_quantized_linear(row[None], weight, bias, scheme.activation, scheme.weight)[0])
 
 
-@pytest.mark.parametrize("name", ["int4-g32", "8da4w"])
+@pytest.mark.filterwarnings("error:Dynamo detected")
+@pytest.mark.parametrize("name", ["int4-g32", "8da4w", "int2-g32", "nvfp4", "fp8"])
 def test_compiles_into_one_graph_once(name: str):
     torch.compiler.reset()
     scheme, graphs = SCHEMES[name], []
