@@ -77,10 +77,8 @@ def decoded_weights(folder, scheme: str, dtype: torch.dtype) -> dict[str, torch.
     names = [name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")]
     shapes = {name: weight.shape for name, weight in weights(LLAMA3).items()}
     layers = [Layer(name, tuple(shapes[f"{name}.weight"]), dtype) for name in names]
-    return {
-        layer.key: CompressedTensors().decode(layer, get_scheme(scheme, scale_dtype=dtype), tensors.__getitem__)
-        for layer in layers
-    }
+    decode, served = CompressedTensors().decode, get_scheme(scheme, scale_dtype=dtype)
+    return {layer.key: decode(layer, served, tensors.__getitem__, slice(0, layer.shape[0])) for layer in layers}
 
 
 def test_bfloat16_products_are_saved_and_served_in_bfloat16(load):
