@@ -1,6 +1,6 @@
 """How much of what quantization costs does quantization-aware training win back?
 
-    python -m benchmarks.recovery [--out benchmarks/results] [--seeds 0 1 2] [--schemes int2-g32 int4-g32-a4]
+    python -m benchmarks.recovery [--seeds 0 1 2] [--schemes int2-g32 int4-g32-a4] [--steps 250] [--out FOLDER]
 
 Per seed, a small Llama is trained on the source of Python's standard library, bytes as tokens. From there two runs go
 on with the same data, steps and learning rate: the control in full precision, and one with fake quantization per
@@ -73,12 +73,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results file")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--schemes", nargs="+", default=["int2-g32", "int4-g32-a4"])
+    parser.add_argument("--steps", type=int, default=Sizes().steps, help="steps of control and QAT")
     parser.add_argument("--lr", type=float, default=Sizes().lr, help="peak learning rate of control and QAT")
     options = parser.parse_args(arguments)
     command = shlex.join(["python", "-m", "benchmarks.recovery", *(sys.argv[1:] if arguments is None else arguments)])
     where = environment(torch.device("cpu")) | {"command": command}
     for seed in options.seeds:
-        for row in compare(seed, options.schemes, Sizes(lr=options.lr)):
+        for row in compare(seed, options.schemes, Sizes(steps=options.steps, lr=options.lr)):
             append_rows(options.out / "recovery.csv", [row | where], COLUMNS)
     return 0
 
