@@ -43,7 +43,11 @@ def test_a_report_of_rows(tmp_path, capsys):
     def row(scheme, seed, control, ptq, qat, recovery):
         nats = {"control_nll": control, "ptq_nll": ptq, "qat_nll": qat}
         perplexities = {name.replace("nll", "ppl"): math.exp(value) for name, value in nats.items()}
-        return {"scheme": scheme, "seed": seed, "gap_percent": 4.0, "recovery": recovery} | nats | perplexities
+        return (
+            {"scheme": scheme, "steps": 250, "seed": seed, "gap_percent": 4.0, "recovery": recovery}
+            | nats
+            | perplexities
+        )
 
     first = row("int4-g32", 0, 1.0, 1.01, 1.005, "")
     again = row("int2-g32", 1, 1.0, 1.5, 1.4, 0.2)
@@ -55,8 +59,8 @@ def test_a_report_of_rows(tmp_path, capsys):
         assert recovery_report.main(["--results", str(tmp_path / "rows.csv"), "--plot", str(picture)]) == 0
     lines = capsys.readouterr().out.splitlines()
     # By scheme and seed, the later row of a seed; 60 and 20 %: mean 40, standard error 20.
-    assert [line.split(" | ")[1] for line in lines[2:5]] == ["0", "1", "mean"]
-    assert lines[2] == "| int2-g32 | 0 | 2.7183 | 4.4817 | 3.3201 | 4.00 % | 60.0 % |"
+    assert [line.split(" | ")[2] for line in lines[2:5]] == ["0", "1", "mean"]
+    assert lines[2] == "| int2-g32 | 250 | 0 | 2.7183 | 4.4817 | 3.3201 | 4.00 % | 60.0 % |"
     assert lines[4].endswith("| **40.0 +- 20.0 %** |")
     assert lines[5].endswith("| gap too small |")
     assert pictures[0].read_bytes() == pictures[1].read_bytes()
