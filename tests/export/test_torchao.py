@@ -11,10 +11,11 @@ from aotrain.export import export
 from tests.export.checkpoints import tensors_of, write
 from tests.export.models import assert_same_weights, logits, save_llama, served_model, transformers
 
-torchao = pytest.importorskip("torchao", reason="needs the [oracles] extra: pip install -e '.[oracles]'")
-quantization = pytest.importorskip(
-    "torchao.quantization", reason="needs the [oracles] extra: pip install -e '.[oracles]'"
-)
+pytest.importorskip("torchao", reason="needs the [oracles] extra: pip install -e '.[oracles]'")
+
+# Plain imports: a module that torchao has moved must fail, not skip.
+from torchao import quantization
+from torchao.prototype.safetensors import safetensors_support
 
 
 def configuration(scheme: str):
@@ -33,17 +34,13 @@ def configuration(scheme: str):
 
 @pytest.mark.parametrize("scheme", ["int2-g32", "int3-g32", "int4-g32", "8da4w", "int8", "fp8-weight-only"])
 def test_the_file_is_the_one_that_torchao_writes(tmp_path, scheme: str):
-    support = pytest.importorskip(
-        "torchao.prototype.safetensors.safetensors_support",
-        reason="needs the [oracles] extra: pip install -e '.[oracles]'",
-    )
     key = "model.layers.0.mlp.down_proj"
     tensors = tensors_of(1)
     export(write(tmp_path / "in", tensors), tmp_path / "out", scheme=scheme, format="torchao")
     layer = torch.nn.Linear(128, 256, bias=False, dtype=torch.bfloat16)
     layer.weight.data = tensors[f"{key}.weight"]
     quantization.quantize_(layer, configuration(scheme))
-    theirs, metadata = support.flatten_tensor_state_dict({f"{key}.weight": layer.weight})
+    theirs, metadata = safetensors_support.flatten_tensor_state_dict({f"{key}.weight": layer.weight})
     stored = load_file(tmp_path / "out/model.safetensors")
     with safe_open(tmp_path / "out/model.safetensors", framework="pt") as file:
         assert json.loads(file.metadata()[f"{key}.weight"])["_type"] == type(layer.weight).__name__

@@ -56,7 +56,8 @@ def test_layers_train_with_the_values_that_are_exported(load, scheme, dtype, tmp
     out.mkdir()
     save_weights(trainer.model, layout, out, config=LLAMA3, others=[], dtype=getattr(torch, dtype))
     report = export(out, tmp_path / "exported", scheme=scheme, verify=True)
-    assert report is not None
+    assert report.verified
+    assert len(report.layers) == 14
     decoded = decoded_weights(tmp_path / "exported", scheme, getattr(torch, dtype))
     trainer.model.unshard()
     for layer in trainer.model.layers.values():
